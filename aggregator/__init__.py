@@ -1,0 +1,1 @@
+"""The daemon that folds updates into releases, and the operator's command."""

@@ -1,0 +1,1 @@
+"""The daemon of a device: decides when to train, trains, delivers the update."""

@@ -1,0 +1,1 @@
+"""The protocol both sides speak, and the shell they share."""

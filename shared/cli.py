@@ -1,0 +1,173 @@
+"""What both command lines share: exit codes, one-line errors, output for people and for scripts.
+
+It never reads a setting, never opens a connection and never decides what a command does.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+from typing import NoReturn
+
+from shared.errors import ConfigError, FieldfareError, LinkError, RemoteProtocolError
+from shared.version import VERSION
+
+
+class Exit(IntEnum):
+    """The exit codes of both commands; documented in docs/cli.md and never renumbered."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    REFUSED = 3
+    TIMED_OUT = 4
+    UNREACHABLE = 5
+    CONFIG = 78
+    INTERRUPTED = 130
+
+
+MEANING: Mapping[Exit, str] = {
+    Exit.OK: "done",
+    Exit.FAILED: "failed; the line on standard error says why",
+    Exit.USAGE: "wrong options or arguments",
+    Exit.REFUSED: "refused: a record does not verify, or the other side said no",
+    Exit.TIMED_OUT: "done on this side, but nobody answered in time",
+    Exit.UNREACHABLE: "the broker or the daemon cannot be reached",
+    Exit.CONFIG: "a configuration or task file is wrong; the line names file, key and remedy",
+    Exit.INTERRUPTED: "interrupted from the keyboard",
+}
+
+
+class Failure(FieldfareError):
+    """A command ends early with `code`; the text is its one line."""
+
+    def __init__(self, code: Exit, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def epilog(*examples: str) -> str:
+    """The end of a --help page: examples and the exit codes."""
+    shown = "".join(f"  {line}\n" for line in examples)
+    codes = "".join(f"  {code.value:>3}  {text}\n" for code, text in MEANING.items())
+    return (f"{'example' if len(examples) == 1 else 'examples'}:\n{shown}\n" if examples else "") + f"exit codes:\n{codes}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser as both commands want it: no abbreviated options, examples and exit codes printed as written."""
+
+    def __init__(self, *, examples: tuple[str, ...] = (), **options: object) -> None:
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=epilog(*examples),
+            **options,  # type: ignore[arg-type]
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """One line and where to read more, instead of the whole usage."""
+        self.exit(Exit.USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """`--version`, the same in both commands."""
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}", help="print the version and exit")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json`, wherever a script reads the output."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object for scripts instead of text")
+
+
+def guarded(program: str, command: Callable[[], int]) -> int:
+    """Run a command and turn every error a user can meet into one line on standard error and an exit code."""
+    try:
+        code = command()
+        sys.stdout.flush()
+        return int(code)
+    except Failure as error:
+        return complain(program, error, error.code)
+    except ConfigError as error:
+        return complain(program, error, Exit.CONFIG)
+    except RemoteProtocolError as error:
+        return complain(program, error, Exit.REFUSED)
+    except LinkError as error:
+        return complain(program, error, Exit.UNREACHABLE)
+    except FieldfareError as error:
+        return complain(program, error, Exit.FAILED)
+    except KeyboardInterrupt:
+        return complain(program, "interrupted", Exit.INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output went away; Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.FAILED
+    except OSError as error:
+        return complain(program, _plain(error), Exit.FAILED)
+
+
+def complain(program: str, error: object, code: Exit) -> int:
+    """Say what is wrong in one line."""
+    text = " ".join(str(error).split())
+    print(f"{program}: {text or type(error).__name__}", file=sys.stderr)
+    return code
+
+
+def say(text: str) -> None:
+    """Progress for a person: standard error, so that standard output stays what a script reads."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(value: Mapping[str, object], as_json: bool) -> None:
+    """Print a result: one JSON object, or aligned `key  value` lines (nested values indented)."""
+    if as_json:
+        print(json.dumps(value, indent=2, sort_keys=False, default=_jsonable))
+        return
+    for line in _lines(value, 0):
+        print(line)
+
+
+def table(heads: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
+    """Print rows in aligned columns."""
+    text = [heads, *(tuple(str(cell) for cell in row) for row in rows)]
+    widths = [max(len(line[column]) for line in text) for column in range(len(heads))]
+    for line in text:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _lines(value: Mapping[str, object], depth: int) -> list[str]:
+    width = max((len(key) for key in value), default=0)
+    lines = []
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            lines += [f"{'  ' * depth}{key}", *_lines({str(k): v for k, v in item.items()}, depth + 1)]
+        else:
+            lines.append(f"{'  ' * depth}{key.ljust(width)}  {_word(item)}".rstrip())
+    return lines
+
+
+def _word(item: object) -> str:
+    match item:
+        case bool():
+            return "yes" if item else "no"
+        case None:
+            return "-"
+        case bytes():
+            return item.hex()
+        case list() | tuple():
+            return ", ".join(_word(one) for one in item) or "-"
+        case {}:
+            return "-"
+        case _:
+            return str(item)
+
+
+def _jsonable(item: object) -> object:
+    if isinstance(item, bytes):
+        return item.hex()
+    raise TypeError(f"{type(item).__name__} is not printed as JSON")
+
+
+def _plain(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)

@@ -1,0 +1,102 @@
+"""Every error Fieldfare raises, in one tree.
+
+`RemoteProtocolError` is a peer's fault: the message is dropped and counted, never fatal.
+`LocalProtocolError` is our own bug: the daemon stops and systemd restarts it.
+`ConfigError` is the operator's to mend: the process exits with 78 and says which file, which key and what to do.
+A call that raises any of these has changed nothing.
+"""
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why a peer's bytes were refused; also the metric label, so a value is never renamed."""
+
+    # the envelope
+    NOT_MSGPACK = "not_msgpack"
+    NOT_CANONICAL = "not_canonical"
+    WRONG_TYPE = "wrong_type"
+    TOO_LARGE = "too_large"
+    EMPTY = "empty"
+    VERSION = "version"
+    TOPIC = "topic"
+    # signed records
+    BAD_SIGNATURE = "bad_signature"
+    UNKNOWN_KEY = "unknown_key"
+    WRONG_ROLE = "wrong_role"
+    EXPIRED = "expired"
+    ROLLBACK = "rollback"
+    EQUIVOCATION = "equivocation"
+    WRONG_TASK = "wrong_task"
+    WRONG_MANIFEST = "wrong_manifest"
+    WRONG_DIGEST = "wrong_digest"
+    UNSUPPORTED = "unsupported"
+    OFFER_BOUNDS = "offer_bounds"
+    MISSING_PART = "missing_part"
+    # the model
+    GRAPH_INVALID = "graph_invalid"
+    GRAPH_OP = "graph_op"
+    GRAPH_ARGUMENT = "graph_argument"
+    GRAPH_REFERENCE = "graph_reference"
+    GRAPH_TOO_LARGE = "graph_too_large"
+    GRAPH_LAYOUT = "graph_layout"
+    WEIGHTS_INVALID = "weights_invalid"
+    NOT_FINITE = "not_finite"
+    WRONG_DIMENSION = "wrong_dimension"
+    # identity
+    BAD_CERTIFICATE = "bad_certificate"
+    WRONG_DEVICE = "wrong_device"
+    DENIED = "denied"
+    # updates
+    SEALED_BADLY = "sealed_badly"
+    NORM = "norm"
+    EXAMPLES = "examples"
+    METRICS = "metrics"
+    NO_SUCH_ROUND = "no_such_round"
+    NOT_SELECTED = "not_selected"
+    LATE = "late"
+    DUPLICATE = "duplicate"
+
+
+class FieldfareError(Exception):
+    """The root of the tree; never raised itself."""
+
+
+class RemoteProtocolError(FieldfareError):
+    """A peer sent something that the protocol does not allow: drop it, count `reason`, go on."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason.value}: {detail}" if detail else reason.value)
+        self.reason = reason
+        self.detail = detail
+
+
+class LocalProtocolError(FieldfareError):
+    """This program broke its own rules: stop, so that the service manager restarts it from what is on disk."""
+
+
+class ConfigError(FieldfareError):
+    """A setting is wrong. `path` is the file, `key` the dotted key in it (may be empty), `advice` what to do."""
+
+    def __init__(self, path: str, key: str, advice: str) -> None:
+        super().__init__(f"{path}: {key}: {advice}" if key else f"{path}: {advice}")
+        self.path = path
+        self.key = key
+        self.advice = advice
+
+
+class ExportError(FieldfareError):
+    """A publisher's model, loss or task file cannot become a release; the text says what, where and the remedy."""
+
+
+class TrainingError(FieldfareError):
+    """Training on this device failed in a way worth a typed word; `reason` is one of the wire's obstacle names."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class LinkError(FieldfareError):
+    """The broker cannot be reached or refuses this client; the text says which and what to check."""

@@ -1,0 +1,394 @@
+"""The messages that cross the wire, as frozen structs; every field name is a wire string and never renamed.
+
+Limits that are properties of a message live here as annotations; what depends on other state is checked where that
+state is. Integers are unsigned and below 2^63 unless said otherwise. Times are whole seconds of UTC.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 1
+"""The version this program writes; it reads this one and the one before it (there is none before 1)."""
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
+"""Devices and tasks. Services begin with an underscore, which this pattern cannot match."""
+
+Version = Literal[1]
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+Uint = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+ReportId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+SessionId = Annotated[bytes, Meta(min_length=8, max_length=16)]
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Label = Annotated[str, Meta(min_length=1, max_length=128)]
+Text = Annotated[str, Meta(max_length=512)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+Above = Annotated[float, Meta(gt=0.0, le=1e12)]
+NotBelow = Annotated[float, Meta(ge=0.0, le=1e12)]
+Shape = Annotated[list[Annotated[int, Meta(ge=0, le=2**31)]], Meta(max_length=8)]
+Metrics = Annotated[dict[Label, float], Meta(max_length=64)]
+
+PARTICIPATION_ALL = 2**32
+"""The participation that selects every device."""
+
+
+class Wire(Struct, frozen=True, forbid_unknown_fields=True):
+    """What crosses the wire: immutable, and an unknown field is an error."""
+
+
+# -- signed records ----------------------------------------------------------------------------------------------
+
+
+class Role(StrEnum):
+    """Who may sign what; see shared.signing."""
+
+    ROOT = "root"
+    PUBLISHER = "publisher"
+    AGGREGATOR = "aggregator"
+
+
+class Use(StrEnum):
+    """What an aggregator key may sign."""
+
+    OFFER = "offer"
+    RELEASE = "release"
+    RECEIPT = "receipt"
+
+
+class Signed(Wire, frozen=True):
+    """A record's bytes with one Ed25519 signature; verified before `payload` is parsed."""
+
+    v: Version
+    role: Role
+    key: Annotated[bytes, Meta(min_length=8, max_length=8)]
+    sig: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    payload: Annotated[bytes, Meta(min_length=1, max_length=4 << 20)]
+
+
+class PublisherKey(Wire, frozen=True):
+    """A key that may sign manifests and releases numbered 0, until `expires`."""
+
+    key: Key
+    expires: Uint
+
+
+class Root(Wire, frozen=True):
+    """The trust of a fleet: which keys may replace this record and which may publish. Pinned when a device enrols."""
+
+    v: Version
+    fleet: Label
+    version: Positive
+    expires: Uint
+    root_keys: Annotated[list[Key], Meta(min_length=1, max_length=8)]
+    publishers: Annotated[list[PublisherKey], Meta(max_length=32)]
+
+
+class TensorSpec(Wire, frozen=True):
+    """One parameter or buffer; the layout is a list of these, in flat order."""
+
+    name: Label
+    kind: Literal["parameter", "buffer"]
+    dtype: Literal["float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+    shape: Shape
+
+
+class Sgd(Wire, frozen=True, tag="sgd", tag_field="kind"):
+    """torch.optim.SGD."""
+
+    lr: Above
+    momentum: Fraction = 0.0
+    weight_decay: NotBelow = 0.0
+
+
+class Adam(Wire, frozen=True, tag="adam", tag_field="kind"):
+    """torch.optim.Adam."""
+
+    lr: Above
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Above = 1e-8
+    weight_decay: NotBelow = 0.0
+
+
+class Training(Wire, frozen=True):
+    """What a device does with its data in one round: exactly one of `epochs` and `steps` is above 0."""
+
+    optimizer: Sgd | Adam
+    batch_size: Annotated[int, Meta(ge=1, le=65_536)]
+    epochs: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
+    gradient_clip: NotBelow = 0.0
+    """L2 norm that each step's gradient is clipped to; 0 means not clipped."""
+    holdout: Annotated[float, Meta(ge=0.0, le=0.9)] = 0.2
+    """Share of the local examples that is never trained on and gives the metrics."""
+
+
+class FedAvg(Wire, frozen=True, tag="fedavg", tag_field="kind"):
+    """Weighted mean of deltas (McMahan 2017): by examples up to `cap` for each device, or uniform."""
+
+    weights: Literal["examples", "uniform"] = "examples"
+    cap: Positive = 10_000
+
+
+class MeanServer(Wire, frozen=True, tag="mean", tag_field="kind"):
+    """The aggregator adds `lr` times the mean delta to the weights."""
+
+    lr: Above = 1.0
+
+
+class ClippedMean(Wire, frozen=True, tag="clipped_mean", tag_field="kind"):
+    """Every delta's L2 norm is bounded by the offer's clip, on the device and again on the aggregator."""
+
+
+class TensorContract(Wire, frozen=True):
+    """One array of a data set, without the batch dimension. `classes` > 0 means whole numbers in [0, classes)."""
+
+    name: Label
+    dtype: Literal["float32", "float64", "int64", "int32", "uint8", "bool"]
+    shape: Shape
+    classes: Uint = 0
+
+
+class DataContract(Wire, frozen=True):
+    """What a device's data must look like for this task."""
+
+    dataset: Name
+    inputs: Annotated[list[TensorContract], Meta(min_length=1, max_length=16)]
+    target: TensorContract
+    min_examples: Positive = 1
+
+
+class Plan(Wire, frozen=True):
+    """The round contract; see aggregator.round for what each value does."""
+
+    goal: Annotated[int, Meta(ge=1, le=1_000_000)]
+    min_updates: Annotated[int, Meta(ge=1, le=1_000_000)]
+    rounds: Annotated[int, Meta(ge=1, le=10_000_000)]
+    deadline: Annotated[int, Meta(ge=1, le=10_000_000)]
+    """Seconds from a round's opening to its closing with at least `min_updates`."""
+    max_extension: Annotated[int, Meta(ge=1, le=10_000_000)] = 86_400
+    over_select: Annotated[float, Meta(ge=1.0, le=100.0)] = 1.3
+    max_staleness: Literal[0] = 0
+    start_jitter: Annotated[int, Meta(ge=0, le=86_400)] = 0
+    """Devices spread their start over this many seconds."""
+
+
+class PrivacyNone(Wire, frozen=True, tag="none", tag_field="kind"):
+    """No differential privacy. `clip_max` is the highest clip bound that an offer may choose."""
+
+    clip_max: Above
+
+
+class Conditions(Wire, frozen=True):
+    """What the publisher asks of a device beyond its owner's policy, which may be stricter and is never loosened."""
+
+    mains: bool = False
+    idle: bool = False
+    min_battery: Annotated[int, Meta(ge=0, le=100)] = 0
+
+
+class VerificationKey(Wire, frozen=True):
+    """A key of the aggregator and what it may sign."""
+
+    key: Key
+    uses: Annotated[list[Use], Meta(min_length=1, max_length=3)]
+
+
+class TaskManifest(Wire, frozen=True):
+    """What is learnt and how: signed by a publisher; everything later must continue it."""
+
+    v: Version
+    task: Name
+    version: Positive
+    expires: Uint
+    opset: Positive
+    train_graph: Digest
+    eval_graph: Digest
+    layout: Annotated[list[TensorSpec], Meta(min_length=1, max_length=10_000)]
+    training: Training
+    algorithm: FedAvg
+    server: MeanServer
+    data: DataContract
+    plan: Plan
+    codec: Literal["fp32"]
+    rule: ClippedMean
+    privacy: PrivacyNone
+    conditions: Conditions
+    aggregator_keys: Annotated[list[VerificationKey], Meta(min_length=1, max_length=16)]
+    metric: Literal["accuracy", "binary_accuracy", "rmse", "loss"] = "loss"
+    """What the hold-out is judged by; `loss` is always reported too."""
+
+
+class BlobRef(Wire, frozen=True):
+    """Content-addressed bytes; `chunks` are the hashes of its pieces of `chunk_size` (empty: it travels whole)."""
+
+    sha256: Digest
+    size: Uint
+    chunk_size: Uint = 0
+    chunks: Annotated[list[Digest], Meta(max_length=1_000_000)] = []
+    urls: Annotated[list[Text], Meta(max_length=8)] = []
+
+
+class Release(Wire, frozen=True):
+    """A numbered version of a task's weights. Number 0 is the publisher's, later ones the aggregator's."""
+
+    v: Version
+    task: Name
+    manifest: Digest
+    number: Uint
+    parent: Digest | None
+    weights: BlobRef
+    control_variate: BlobRef | None
+    delta: BlobRef | None
+    metrics: Metrics
+    """What the updates that made this release reported of its parent."""
+    privacy_spent: None
+    restores: Digest | None
+
+
+class OfferState(StrEnum):
+    """Devices train only on an open offer."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+    FINISHED = "finished"
+
+
+class RoundOffer(Wire, frozen=True):
+    """The opening, closing or end of the collecting of updates on one release."""
+
+    v: Version
+    task: Name
+    manifest: Digest
+    release: Digest
+    round: Positive
+    sequence: Uint
+    state: OfferState
+    participation: Annotated[int, Meta(ge=0, le=PARTICIPATION_ALL)]
+    clip: Above
+    shards: Annotated[int, Meta(ge=1, le=65_536)]
+    suite: Literal["x25519"]
+    hpke_key: Annotated[bytes, Meta(min_length=32, max_length=2048)]
+    deadline: Uint
+
+
+class Graphs(Wire, frozen=True):
+    """Both graphs as shared.graph encodes them."""
+
+    train: bytes
+    eval: bytes
+
+
+class ReleaseMessage(Wire, frozen=True):
+    """What travels on `models/release` and `models/<task>/release`. Signed records alone are an announcement."""
+
+    v: Version
+    manifest: Signed
+    release: Signed
+    graphs: Graphs | None = None
+    weights: bytes | None = None
+
+
+# -- updates -----------------------------------------------------------------------------------------------------
+
+
+class UpdateContext(Wire, frozen=True):
+    """All of a head that is known before sealing; its canonical bytes are bound into the encryption."""
+
+    v: Version
+    task: Name
+    manifest: Digest
+    release: Digest
+    round: Positive
+    device: Name
+    report: ReportId
+    mode: Literal["plain"]
+    k_min: Literal[0]
+    codec: Literal["fp32"]
+    dimension: Positive
+
+
+class UpdateHead(Wire, frozen=True):
+    """What a device signs: the context, how the body was sealed, and the certificate that ties it to the device."""
+
+    v: Version
+    context: Annotated[bytes, Meta(min_length=1, max_length=4096)]
+    encapsulation: Annotated[bytes, Meta(min_length=32, max_length=4096)]
+    size: Positive
+    sha256: Digest
+    chunk_size: Uint
+    certificate: Annotated[bytes, Meta(min_length=1, max_length=4096)]
+    shares: Annotated[list[bytes], Meta(max_length=0)]
+
+
+class UpdateMessage(Wire, frozen=True):
+    """A head, its ECDSA P-256 signature by the device, and a small body, which rides outside the signed bytes."""
+
+    v: Version
+    head: Annotated[bytes, Meta(min_length=1, max_length=16_384)]
+    sig: Annotated[bytes, Meta(min_length=8, max_length=128)]
+    body: bytes | None = None
+
+
+class PlainBody(Wire, frozen=True):
+    """The sealed part of an update in plain mode; the encoded delta follows this header (see shared.sealing)."""
+
+    examples: Annotated[int, Meta(ge=1, le=10**9)]
+    steps: Annotated[int, Meta(ge=1, le=10**9)]
+    metrics: Metrics
+    holdout: Annotated[int, Meta(ge=0, le=10**9)]
+    """Examples behind `metrics`, which describe the release that the update started from."""
+
+
+class Outcome(StrEnum):
+    """What became of an update; an identical head always gets its original outcome."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    LATE = "late"
+    NOT_SELECTED = "not_selected"
+    SUPERSEDED = "superseded"
+    REJECTED = "rejected"
+    UNKNOWN = "unknown"
+
+
+class Receipt(Wire, frozen=True):
+    """The aggregator's word on one head."""
+
+    v: Version
+    head: Digest
+    task: Name
+    round: Positive
+    device: Name
+    outcome: Outcome
+    reason: Text = ""
+
+
+# -- presence ----------------------------------------------------------------------------------------------------
+
+
+class DeviceStatus(Wire, frozen=True):
+    """Retained; also the will. `session` keeps a late will from erasing a newer birth."""
+
+    v: Version
+    session: SessionId
+    online: bool
+    version: Label
+    opsets: Annotated[list[Positive], Meta(max_length=16)]
+    eligible: bool
+    obstacles: Annotated[list[Label], Meta(max_length=64)]
+    datasets: Annotated[list[Name], Meta(max_length=256)]
+    sent: Uint = 0
+    """When this was written, by the device's clock; the aggregator ignores what is over 13 h old."""
+
+
+class AggregatorStatus(Wire, frozen=True):
+    """Retained; also the will."""
+
+    v: Version
+    session: SessionId
+    online: bool
+    version: Label

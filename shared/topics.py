@@ -1,0 +1,121 @@
+"""Every topic in one place: how it is written and how it is read back.
+
+A topic that does not parse is a peer's fault. The prefix is configurable; `models/` is the human interface and is not.
+"""
+
+import re
+from dataclasses import dataclass
+
+from shared.errors import Reason, RemoteProtocolError
+from shared.messages import NAME_PATTERN
+
+RELEASE = "models/release"
+"""Where a person or CI puts a model into the fleet."""
+
+SERVICE_OPERATOR = "_operator"
+SERVICE_AGGREGATOR = "_aggregator"
+
+_NAME = re.compile(NAME_PATTERN)
+_HEAD = re.compile(r"^[0-9a-f]{32}$")
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` can name a device or a task."""
+    return _NAME.fullmatch(text) is not None
+
+
+def shard_client(shard: int) -> str:
+    """The certificate name and client id of the aggregator that owns `shard`'s uploads."""
+    return f"_agg-{shard}"
+
+
+def task_release(task: str) -> str:
+    """The newest verified release of a task, retained."""
+    return f"models/{task}/release"
+
+
+def task_round(task: str) -> str:
+    """The newest offer of a task, retained."""
+    return f"models/{task}/round"
+
+
+TASK_RELEASES = task_release("+")
+TASK_ROUNDS = task_round("+")
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Where an update arrives: `fl/up/<shard>/<device>/<update>/<part>`."""
+
+    shard: int
+    device: str
+    update: str
+    part: str
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """The topics below the prefix."""
+
+    prefix: str = "fl"
+
+    def head(self, shard: int, device: str, update: str) -> str:
+        """Where a device sends a head; `update` is the first 32 hex digits of the signed head's sha256."""
+        return f"{self.prefix}/up/{shard}/{device}/{update}/head"
+
+    def uploads(self, shard: int) -> str:
+        """The filter for all that one shard's devices send."""
+        return f"{self.prefix}/up/{shard}/#"
+
+    def device_status(self, device: str) -> str:
+        """Presence of one device, retained."""
+        return f"{self.prefix}/dev/{device}/status"
+
+    def command(self, device: str, kind: str) -> str:
+        """What the aggregator tells one device."""
+        return f"{self.prefix}/dev/{device}/cmd/{kind}"
+
+    def aggregator_status(self, shard: int) -> str:
+        """Presence of the aggregator of one shard, retained."""
+        return f"{self.prefix}/agg/{shard}/status"
+
+    def parse_upload(self, topic: str) -> Upload:
+        """Read an upload's topic back."""
+        parts = self._below(topic, "up", 4)
+        shard, device, update, part = parts
+        if not shard.isascii() or not shard.isdigit() or len(shard) > 5 or not _HEAD.fullmatch(update):
+            raise _bad(topic)
+        if not is_name(device) or part != "head":
+            raise _bad(topic)
+        return Upload(int(shard), device, update, part)
+
+    def parse_device_status(self, topic: str) -> str:
+        """The device that a status topic speaks of."""
+        device, word = self._below(topic, "dev", 2)
+        if word != "status" or not is_name(device):
+            raise _bad(topic)
+        return device
+
+    def _below(self, topic: str, branch: str, count: int) -> list[str]:
+        start = f"{self.prefix}/{branch}/"
+        parts = topic.removeprefix(start).split("/")
+        if not topic.startswith(start) or len(parts) != count:
+            raise _bad(topic)
+        return parts
+
+
+def parse_task(topic: str, word: str) -> str:
+    """The task of `models/<task>/<word>`."""
+    parts = topic.split("/")
+    if len(parts) != 3 or parts[0] != "models" or parts[2] != word or not is_name(parts[1]):
+        raise _bad(topic)
+    return parts[1]
+
+
+def shard_of(device_hash: int, shards: int) -> int:
+    """The shard whose session owns a device's uploads."""
+    return device_hash % shards
+
+
+def _bad(topic: str) -> RemoteProtocolError:
+    return RemoteProtocolError(Reason.TOPIC, f"no such topic: {topic!r:.120}")

@@ -64,7 +64,7 @@ def seal(header: PlainBody, delta: bytes | memoryview, public_key: bytes, contex
 def open_sealed(
     private_key: bytes, encapsulation: bytes, ciphertext: bytes | memoryview, context: bytes
 ) -> tuple[PlainBody, memoryview]:
-    """(header, delta) of a sealed body; RemoteProtocolError if it was not sealed whole, to this key, for this context."""
+    """(header, delta) of a body; RemoteProtocolError if it was not sealed whole, to this key, for this context."""
     try:
         key = _SUITE.decrypt(encapsulation, X25519PrivateKey.from_private_bytes(private_key), _INFO + context)
     except (InvalidTag, ValueError):

@@ -46,7 +46,11 @@ def sign(record: Record, role: Role, private: Ed25519PrivateKey) -> Signed:
     """Sign a record's canonical bytes."""
     payload = wire.pack(record)
     return Signed(
-        v=1, role=role, key=key_id(public_bytes(private)), sig=private.sign(_message(type(record), payload)), payload=payload
+        v=1,
+        role=role,
+        key=key_id(public_bytes(private)),
+        sig=private.sign(_message(type(record), payload)),
+        payload=payload,
     )
 
 
@@ -60,7 +64,9 @@ def verify(signed: Signed, kind: type[R], role: Role, keys: Iterable[bytes]) -> 
     try:
         Ed25519PublicKey.from_public_bytes(found).verify(signed.sig, _message(kind, signed.payload))
     except InvalidSignature:
-        raise RemoteProtocolError(Reason.BAD_SIGNATURE, f"{kind.__name__} under {role} key {signed.key.hex()}") from None
+        raise RemoteProtocolError(
+            Reason.BAD_SIGNATURE, f"{kind.__name__} under {role} key {signed.key.hex()}"
+        ) from None
     except ValueError as error:
         raise RemoteProtocolError(Reason.UNKNOWN_KEY, f"{role} key {signed.key.hex()}: {error}") from None
     return wire.unpack(signed.payload, kind)

@@ -8,10 +8,23 @@ another digest is equivocation. `Position` says which of the three a record is.
 """
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 from shared import signing, wire
 from shared.errors import Reason, RemoteProtocolError
-from shared.messages import OfferState, Receipt, Release, Role, Root, RoundOffer, Signed, TaskManifest, Use
+from shared.messages import (
+    Graphs,
+    OfferState,
+    Receipt,
+    Release,
+    ReleaseMessage,
+    Role,
+    Root,
+    RoundOffer,
+    Signed,
+    TaskManifest,
+    Use,
+)
 
 
 def open_root(signed: Signed) -> Root:
@@ -31,7 +44,8 @@ class Trust:
         """A publisher's manifest that has not expired at `now` (seconds UTC)."""
         keys = [publisher.key for publisher in self.root.publishers if now < publisher.expires]
         if signed.role is Role.PUBLISHER and any(
-            signing.key_id(publisher.key) == signed.key and now >= publisher.expires for publisher in self.root.publishers
+            signing.key_id(publisher.key) == signed.key and now >= publisher.expires
+            for publisher in self.root.publishers
         ):
             raise RemoteProtocolError(Reason.EXPIRED, f"publisher key {signed.key.hex()} expired")
         manifest = signing.verify(signed, TaskManifest, Role.PUBLISHER, keys)
@@ -68,6 +82,18 @@ def receipt(signed: Signed, manifest: TaskManifest) -> Receipt:
     if found.task != manifest.task:
         raise RemoteProtocolError(Reason.WRONG_TASK, f"a receipt for {found.task}")
     return found
+
+
+def parts(message: ReleaseMessage, manifest: TaskManifest, release: Release) -> tuple[Graphs, bytes]:
+    """The graphs and weights of a whole release, each hashed against what was signed."""
+    if message.graphs is None or message.weights is None:
+        raise RemoteProtocolError(Reason.MISSING_PART, f"release {release.number} without its graphs or weights")
+    graphs, weights = message.graphs, message.weights
+    if sha256(graphs.train).digest() != manifest.train_graph or sha256(graphs.eval).digest() != manifest.eval_graph:
+        raise RemoteProtocolError(Reason.WRONG_DIGEST, "a graph is not the one that the manifest was signed for")
+    if len(weights) != release.weights.size or sha256(weights).digest() != release.weights.sha256:
+        raise RemoteProtocolError(Reason.WRONG_DIGEST, "the weights are not the ones that the release was signed for")
+    return graphs, weights
 
 
 def aggregator_keys(manifest: TaskManifest, use: Use) -> list[bytes]:

@@ -1,0 +1,645 @@
+"""The aggregator's machine: every task with its newest release, its open round and the devices that are there. Pure.
+
+It checks releases against the pinned root, opens and closes rounds, judges heads and answers them. Signing is a
+function of its input (Ed25519) and so part of the machine; randomness enters as `keygen`. It must never touch a
+socket, a disk or a clock, and it never sees an update's numbers: those pass from the shell's `Open` to its fold.
+
+    task: waiting (for min_updates live devices) -> collecting -> reducing -> waiting ... -> finished
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, assert_never
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from aggregator.round import Round
+from shared import signing, tensors
+from shared.driver import Instant, Tick
+from shared.errors import LocalProtocolError, Reason, RemoteProtocolError
+from shared.messages import (
+    BlobRef,
+    DeviceStatus,
+    Metrics,
+    OfferState,
+    Outcome,
+    PlainBody,
+    Receipt,
+    Release,
+    ReleaseMessage,
+    Role,
+    RoundOffer,
+    Signed,
+    TaskManifest,
+    UpdateContext,
+    UpdateHead,
+)
+from shared.selection import draw, threshold
+from shared.trust import Position, Trust, advance, parts
+
+STATUS_AGE_MAX = 13 * 3600
+"""Seconds after which a device's word about itself no longer counts."""
+
+# -- events ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReady:
+    """The broker is there; `fresh` if it remembers nothing of us or we have only just started."""
+
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseReceived:
+    """Something on `models/release` that decodes."""
+
+    message: ReleaseMessage
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReceived:
+    """A device's word about itself; None once its retained status was cleared."""
+
+    device: str
+    status: DeviceStatus | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadReceived:
+    """An update's head as it came: parsed and on the topic of its device, its signature not verified yet."""
+
+    digest: bytes
+    head: UpdateHead
+    context: UpdateContext
+    message: bytes
+    """The signed head and its signature, as stored for a rebuilt fold."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOpened:
+    """The body of a head, authentic, decrypted and valid; the shell holds its numbers under the head's digest."""
+
+    received: HeadReceived
+    body: PlainBody
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSpoilt:
+    """The head or its body did not hold."""
+
+    received: HeadReceived
+    error: RemoteProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRecalled:
+    """What was said of a head of an earlier round; None if nothing is on record."""
+
+    received: HeadReceived
+    outcome: Outcome | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReduced:
+    """A closing round's new weights lie in the blobs; `metrics` are what its updates reported of the parent."""
+
+    task: str
+    number: int
+    weights: BlobRef
+    metrics: Metrics
+
+
+Event = (
+    LinkReady
+    | ReleaseReceived
+    | StatusReceived
+    | HeadReceived
+    | UpdateOpened
+    | UpdateSpoilt
+    | HeadRecalled
+    | RoundReduced
+    | Tick
+)
+
+# -- effects -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptRelease:
+    """A publisher's manifest and release 0: store both with graphs and weights."""
+
+    event: ClassVar[str] = "release.adopted"
+    message: ReleaseMessage
+    manifest: TaskManifest
+    release: Release
+
+
+@dataclass(frozen=True, slots=True)
+class PublishRelease:
+    """Put the newest release of a task where devices find it; `announce` it to people too."""
+
+    event: ClassVar[str] = "release.published"
+    task: str
+    number: int
+    announce: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRound:
+    """Store the round with its key and signed offer in one step, then publish the offer."""
+
+    event: ClassVar[str] = "round.opened"
+    manifest_version: int
+    offer: RoundOffer
+    signed: Signed
+    private_key: bytes
+    eligible: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReviseRound:
+    """Store a re-issued offer, then publish it; `state` is the round's in the store."""
+
+    event: ClassVar[str] = "round.revised"
+    manifest_version: int
+    offer: RoundOffer
+    signed: Signed
+    state: str
+    extensions: int
+    updates: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishOffer:
+    """Publish an offer again, as stored."""
+
+    task: str
+    signed: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Verify, decrypt and validate an update; `opened` is when its round opened (Unix time)."""
+
+    received: HeadReceived
+    clip: float
+    opened: float
+    manifest: TaskManifest
+
+
+@dataclass(frozen=True, slots=True)
+class Contribute:
+    """Record an accepted update, then add it to the fold."""
+
+    event: ClassVar[str] = "update.accepted"
+    received: HeadReceived
+    body: PlainBody
+    manifest_version: int
+    sequence: int
+    weight: float
+    updates: int
+    goal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """An update that does not count: forget its numbers and say why."""
+
+    event: ClassVar[str] = "update.rejected"
+    received: HeadReceived
+    outcome: Outcome
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Tell a device what became of its update."""
+
+    device: str
+    receipt: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Look an earlier round's head up."""
+
+    received: HeadReceived
+    manifest_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """Make the new weights of a closing round."""
+
+    manifest: TaskManifest
+    release: Release
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRelease:
+    """Record the new release and its round's end together, then erase the round's key and bodies."""
+
+    event: ClassVar[str] = "round.closed"
+    manifest_version: int
+    round_number: int
+    release: Release
+    signed: Signed
+    updates: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class AbandonRound:
+    """Record that a round ended without a release (`how`), then erase its key and bodies."""
+
+    event: ClassVar[str] = "round.abandoned"
+    task: str
+    manifest_version: int
+    number: int
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class FinishTask:
+    """Every round of the plan is done."""
+
+    event: ClassVar[str] = "task.finished"
+    task: str
+    rounds: int
+
+
+Effect = (
+    AdoptRelease
+    | PublishRelease
+    | OpenRound
+    | ReviseRound
+    | PublishOffer
+    | Open
+    | Contribute
+    | Refuse
+    | Reply
+    | Recall
+    | Reduce
+    | StoreRelease
+    | AbandonRound
+    | FinishTask
+)
+
+# -- state -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """One task: what the store keeps of it, and what follows from that."""
+
+    manifest_signed: Signed
+    manifest: TaskManifest
+    release_signed: Signed
+    release: Release
+    last_round: int = 0
+    offer: RoundOffer | None = None
+    offer_signed: Signed | None = None
+    round: Round | None = None
+    """The open round; None while waiting, reducing or finished."""
+    closing: Round | None = None
+
+    @property
+    def phase(self) -> str:
+        """One word for people: waiting, collecting, starved, reducing or finished."""
+        if self.round is not None:
+            return "starved" if self.round.starved else "collecting"
+        if self.closing is not None:
+            return "reducing"
+        return "finished" if self.last_round >= self.manifest.plan.rounds else "waiting"
+
+
+@dataclass
+class Coordinator:
+    """See the module. `public_key` is the aggregator's own signing key: a manifest must name it."""
+
+    trust: Trust
+    sign: Callable[[RoundOffer | Release | Receipt], Signed]
+    keygen: Callable[[], tuple[bytes, bytes]]
+    public_key: bytes
+    tasks: dict[str, Task] = field(default_factory=dict)
+    devices: dict[str, DeviceStatus] = field(default_factory=dict)
+    ready: bool = False
+
+    @property
+    def deadline(self) -> float | None:
+        """The earliest deadline of an open round."""
+        return min((task.round.deadline for task in self.tasks.values() if task.round is not None), default=None)
+
+    def handle(self, event: Event, now: Instant) -> list[Effect]:
+        """What to do about one event; a RemoteProtocolError has changed nothing."""
+        match event:
+            case LinkReady(fresh=fresh):
+                return self._link_ready(fresh, now)
+            case ReleaseReceived(message=message):
+                return self._release_received(message, now)
+            case StatusReceived(device=device, status=status):
+                return self._status_received(device, status, now)
+            case HeadReceived():
+                return self._head_received(event)
+            case UpdateOpened(received=received, body=body):
+                return self._update_opened(received, body, now)
+            case UpdateSpoilt(received=received, error=error):
+                return self._refuse(received, Outcome.REJECTED, error.reason, error.detail)
+            case HeadRecalled(received=received, outcome=outcome):
+                return self._head_recalled(received, outcome)
+            case RoundReduced():
+                return self._round_reduced(event, now)
+            case Tick():
+                return self._deadlines(now)
+            case _:
+                assert_never(event)
+
+    def eligible(self, manifest: TaskManifest, now: Instant) -> set[str]:
+        """Devices that say they would train this task now."""
+        return {
+            name
+            for name, status in self.devices.items()
+            if status.online
+            and status.eligible
+            and manifest.opset in status.opsets
+            and manifest.data.dataset in status.datasets
+            and now.utc - status.sent < STATUS_AGE_MAX
+        }
+
+    # -- releases --
+
+    def _link_ready(self, fresh: bool, now: Instant) -> list[Effect]:
+        effects: list[Effect] = []
+        if not self.ready:
+            # A restart owes the release of every round that was closing.
+            for task in self.tasks.values():
+                if task.closing is not None:
+                    effects.append(Reduce(task.manifest, task.release, task.closing.number))
+        if fresh:
+            for name, task in self.tasks.items():
+                effects.append(PublishRelease(name, task.release.number, announce=False))
+                if task.offer_signed is not None:
+                    effects.append(PublishOffer(name, task.offer_signed))
+        self.ready = True
+        return effects + self._open_rounds(now)
+
+    def _release_received(self, message: ReleaseMessage, now: Instant) -> list[Effect]:
+        manifest = self.trust.manifest(message.manifest, now.utc)
+        release = self.trust.release(message.release, message.manifest, manifest)
+        task = self.tasks.get(manifest.task)
+        known = None
+        if task is not None:
+            known = Position((task.manifest.version,), signing.digest(task.manifest_signed))
+        if not advance(known, Position((manifest.version,), signing.digest(message.manifest))):
+            # Our own announcement, or the retained release that this task began with.
+            return []
+        if release.number != 0:
+            raise RemoteProtocolError(Reason.ROLLBACK, f"release {release.number} of a manifest that is not known here")
+        if all(key.key != self.public_key for key in manifest.aggregator_keys):
+            raise RemoteProtocolError(Reason.UNKNOWN_KEY, "the manifest names other aggregators than this one")
+        check_model(message, manifest, release)
+        effects: list[Effect] = []
+        if task is not None:
+            effects += self._abandon(task, "superseded")
+        self.tasks[manifest.task] = Task(message.manifest, manifest, message.release, release)
+        effects.append(AdoptRelease(message, manifest, release))
+        effects.append(PublishRelease(manifest.task, release.number, announce=False))
+        return effects + self._open_rounds(now)
+
+    # -- devices --
+
+    def _status_received(self, device: str, status: DeviceStatus | None, now: Instant) -> list[Effect]:
+        known = self.devices.get(device)
+        if status is None:
+            self.devices.pop(device, None)
+        elif known is not None and not status.online and status.session != known.session:
+            return []  # a late will of an earlier session
+        elif known is not None and status.session == known.session and status.sent < known.sent:
+            return []
+        else:
+            self.devices[device] = status
+        return self._open_rounds(now) + self._widen(now)
+
+    def _widen(self, now: Instant) -> list[Effect]:
+        effects: list[Effect] = []
+        for task in self.tasks.values():
+            current = task.round
+            if current is None:
+                continue
+            wider = current.wider(self.eligible(task.manifest, now))
+            if wider > current.participation:
+                current.participation = wider
+                effects += self._revise(task, participation=wider)
+        return effects
+
+    # -- rounds --
+
+    def _open_rounds(self, now: Instant) -> list[Effect]:
+        if not self.ready:
+            return []
+        return [effect for task in self.tasks.values() if task.phase == "waiting" for effect in self._open(task, now)]
+
+    def _open(self, task: Task, now: Instant) -> list[Effect]:
+        manifest, plan = task.manifest, task.manifest.plan
+        live = self.eligible(manifest, now)
+        if len(live) < plan.min_updates or now.utc >= manifest.expires:
+            return []
+        number = task.last_round + 1
+        opened = Round(manifest.task, manifest.version, number, plan, 0, now.mono + plan.deadline, now.utc)
+        opened.participation = threshold(
+            (draw(manifest.task, manifest.version, number, each) for each in live), opened.want
+        )
+        private, public = self.keygen()
+        offer = RoundOffer(
+            v=1,
+            task=manifest.task,
+            manifest=signing.digest(task.manifest_signed),
+            release=signing.digest(task.release_signed),
+            round=number,
+            sequence=0,
+            state=OfferState.OPEN,
+            participation=opened.participation,
+            clip=manifest.privacy.clip_max,
+            shards=1,
+            suite="x25519",
+            hpke_key=public,
+            deadline=int(now.utc) + plan.deadline,
+        )
+        signed = self.sign(offer)
+        task.round, task.offer, task.offer_signed, task.last_round = opened, offer, signed, number
+        return [OpenRound(manifest.version, offer, signed, private, len(live))]
+
+    def _revise(
+        self,
+        task: Task,
+        *,
+        participation: int | None = None,
+        deadline: int | None = None,
+        state: OfferState = OfferState.OPEN,
+        stored: str = "open",
+    ) -> list[Effect]:
+        before = task.offer
+        if before is None:
+            raise LocalProtocolError(f"{task.manifest.task} has no offer to revise")
+        current = task.round or task.closing
+        offer = RoundOffer(
+            v=1,
+            task=before.task,
+            manifest=before.manifest,
+            release=before.release,
+            round=before.round,
+            sequence=before.sequence + 1,
+            state=state,
+            participation=before.participation if participation is None else participation,
+            clip=before.clip,
+            shards=before.shards,
+            suite=before.suite,
+            hpke_key=before.hpke_key,
+            deadline=before.deadline if deadline is None else max(deadline, before.deadline),
+        )
+        task.offer, task.offer_signed = offer, self.sign(offer)
+        updates = len(current.accepted) if current is not None else 0
+        extensions = current.extensions if current is not None else 0
+        return [ReviseRound(task.manifest.version, offer, task.offer_signed, stored, extensions, updates)]
+
+    def _deadlines(self, now: Instant) -> list[Effect]:
+        effects: list[Effect] = []
+        for task in self.tasks.values():
+            current = task.round
+            if current is None or current.deadline > now.mono:
+                continue
+            if current.enough:
+                effects += self._close(task)
+            else:
+                seconds = current.extend(now.mono)
+                effects += self._revise(task, deadline=int(now.utc + seconds))
+        return effects
+
+    def _close(self, task: Task) -> list[Effect]:
+        task.closing, task.round = task.round, None
+        effects = self._revise(task, state=OfferState.CLOSED, stored="closing")
+        assert task.closing is not None
+        return [*effects, Reduce(task.manifest, task.release, task.closing.number)]
+
+    def _round_reduced(self, event: RoundReduced, now: Instant) -> list[Effect]:
+        task = self.tasks[event.task]
+        closed = task.closing
+        if closed is None or closed.number != event.number:
+            raise LocalProtocolError(f"round {event.number} of {event.task} was reduced but is not closing")
+        release = Release(
+            v=1,
+            task=event.task,
+            manifest=signing.digest(task.manifest_signed),
+            number=task.release.number + 1,
+            parent=signing.digest(task.release_signed),
+            weights=event.weights,
+            control_variate=None,
+            delta=None,
+            metrics=event.metrics,
+            privacy_spent=None,
+            restores=None,
+        )
+        signed = self.sign(release)
+        task.release, task.release_signed, task.closing = release, signed, None
+        updates, seconds = len(closed.accepted), now.utc - closed.opened
+        effects: list[Effect] = [
+            StoreRelease(task.manifest.version, closed.number, release, signed, updates, seconds),
+            PublishRelease(event.task, release.number, announce=True),
+        ]
+        if task.phase == "finished":
+            effects += self._revise(task, state=OfferState.FINISHED, stored="released")
+            return [*effects, FinishTask(event.task, closed.number)]
+        return effects + self._open_rounds(now)
+
+    def _abandon(self, task: Task, how: str) -> list[Effect]:
+        current = task.round or task.closing
+        if current is None:
+            return []
+        effects: list[Effect] = list(self._revise(task, state=OfferState.CLOSED, stored=how))
+        task.round = task.closing = None
+        return [*effects, AbandonRound(task.manifest.task, task.manifest.version, current.number, how)]
+
+    # -- updates --
+
+    def _head_received(self, received: HeadReceived) -> list[Effect]:
+        context = received.context
+        task = self.tasks.get(context.task)
+        if task is None:
+            return self._refuse(received, Outcome.UNKNOWN, Reason.WRONG_TASK, f"no task {context.task} here")
+        if context.manifest != signing.digest(task.manifest_signed):
+            return self._refuse(received, Outcome.SUPERSEDED, Reason.WRONG_MANIFEST, "of another manifest")
+        if context.round > task.last_round:
+            return self._refuse(
+                received, Outcome.UNKNOWN, Reason.NO_SUCH_ROUND, f"round {context.round} is not open yet"
+            )
+        current, offer = task.round, task.offer
+        if current is None or offer is None or context.round != current.number:
+            return [Recall(received, task.manifest.version)]
+        outcome = current.judge(context.device, received.digest)
+        if outcome is Outcome.ACCEPTED:
+            return [self._reply(received, outcome)]
+        if outcome is not None:
+            reason = Reason.DUPLICATE if outcome is Outcome.DUPLICATE else Reason.NOT_SELECTED
+            return self._refuse(received, outcome, reason, "")
+        if context.release != offer.release:
+            return self._refuse(received, Outcome.REJECTED, Reason.WRONG_DIGEST, "of another release than the round's")
+        return [Open(received, offer.clip, current.opened, task.manifest)]
+
+    def _update_opened(self, received: HeadReceived, body: PlainBody, now: Instant) -> list[Effect]:
+        task = self.tasks[received.context.task]
+        current = task.round
+        if current is None or current.number != received.context.round:
+            return self._refuse(received, Outcome.LATE, Reason.LATE, "the round closed meanwhile")
+        outcome = current.judge(received.context.device, received.digest)
+        if outcome is not None:
+            # Two heads of one device in one batch: the first is in.
+            return self._refuse(received, outcome, Reason.DUPLICATE, "")
+        sequence = current.accept(received.context.device, received.digest)
+        algorithm = task.manifest.algorithm
+        weight = float(min(body.examples, algorithm.cap)) if algorithm.weights == "examples" else 1.0
+        count, goal = len(current.accepted), current.plan.goal
+        effects: list[Effect] = [
+            Contribute(received, body, task.manifest.version, sequence, weight, count, goal),
+            self._reply(received, Outcome.ACCEPTED),
+        ]
+        return effects + self._close(task) if current.full else effects
+
+    def _head_recalled(self, received: HeadReceived, outcome: Outcome | None) -> list[Effect]:
+        if outcome is None:
+            return self._refuse(received, Outcome.LATE, Reason.LATE, f"round {received.context.round} is over")
+        if outcome is Outcome.DUPLICATE:
+            return self._refuse(received, outcome, Reason.DUPLICATE, "")
+        return [self._reply(received, outcome)]
+
+    def _refuse(self, received: HeadReceived, outcome: Outcome, reason: Reason, detail: str) -> list[Effect]:
+        return [Refuse(received, outcome, reason, detail), self._reply(received, outcome, reason.value)]
+
+    def _reply(self, received: HeadReceived, outcome: Outcome, reason: str = "") -> Reply:
+        context = received.context
+        receipt = Receipt(
+            v=1,
+            head=received.digest,
+            task=context.task,
+            round=context.round,
+            device=context.device,
+            outcome=outcome,
+            reason=reason,
+        )
+        return Reply(context.device, self.sign(receipt))
+
+
+def check_model(message: ReleaseMessage, manifest: TaskManifest, release: Release) -> None:
+    """Refuse a release whose graphs or weights are not what was signed, or not what the rules for models allow."""
+    graphs, weights = parts(message, manifest, release)
+    if manifest.opset != OPSET_VERSION:
+        raise RemoteProtocolError(Reason.UNSUPPORTED, f"op-set {manifest.opset}, this aggregator knows {OPSET_VERSION}")
+    check_graphs(graphs, manifest)
+    tensors.load(weights, manifest.layout)
+
+
+def signer(private: Ed25519PrivateKey) -> Callable[[RoundOffer | Release | Receipt], Signed]:
+    """The aggregator's signature, for `Coordinator.sign`."""
+    return lambda record: signing.sign(record, Role.AGGREGATOR, private)

@@ -1,0 +1,85 @@
+"""The contract of one round: who is admitted, what closes it, when it is extended. Pure.
+
+    open --goal reached--------------------------------> closing
+    open --deadline, at least min_updates---------------> closing
+    open --deadline, fewer--> open, extended (starved) --> ...
+
+Extensions double from the plan's deadline up to its max_extension, so a round never hangs silently and never gives up
+what was contributed. Ending it (released, superseded, finished ...) is the coordinator's part.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from shared.messages import Outcome, Plan
+from shared.selection import draw, threshold
+
+
+@dataclass
+class Round:
+    """One open round. `deadline` is on the monotonic clock; `accepted` maps devices to the digest of their head."""
+
+    task: str
+    manifest_version: int
+    number: int
+    plan: Plan
+    participation: int
+    deadline: float
+    opened: float
+    """Unix time of the opening: certificates are judged at this moment."""
+    extensions: int = 0
+    accepted: dict[str, bytes] = field(default_factory=dict)
+    sequence: int = 0
+    """Of the contributions, in the order in which the fold adds them."""
+
+    def selected(self, device: str) -> bool:
+        """Whether this device may take part."""
+        return draw(self.task, self.manifest_version, self.number, device) < self.participation
+
+    def judge(self, device: str, head: bytes) -> Outcome | None:
+        """What to answer to a head at once; None if its body is worth opening."""
+        known = self.accepted.get(device)
+        if known is not None:
+            return Outcome.ACCEPTED if known == head else Outcome.DUPLICATE
+        if not self.selected(device):
+            return Outcome.NOT_SELECTED
+        return None
+
+    def accept(self, device: str, head: bytes) -> int:
+        """Count a device's update; returns its place in the fold."""
+        self.accepted[device] = head
+        self.sequence += 1
+        return self.sequence
+
+    @property
+    def want(self) -> int:
+        """Devices to select: the goal and some more, because some will not deliver."""
+        return math.ceil(self.plan.goal * self.plan.over_select)
+
+    def wider(self, live: set[str]) -> int:
+        """The participation that selects `want` devices of those live now or done already; never below today's."""
+        candidates = live | self.accepted.keys()
+        draws = (draw(self.task, self.manifest_version, self.number, device) for device in candidates)
+        return max(self.participation, threshold(draws, self.want))
+
+    @property
+    def full(self) -> bool:
+        """Whether the goal is reached."""
+        return len(self.accepted) >= self.plan.goal
+
+    @property
+    def enough(self) -> bool:
+        """Whether the deadline may close it."""
+        return len(self.accepted) >= self.plan.min_updates
+
+    @property
+    def starved(self) -> bool:
+        """Whether a deadline has passed without enough updates."""
+        return self.extensions > 0
+
+    def extend(self, now: float) -> float:
+        """Move the deadline; returns the seconds added from `now`."""
+        seconds = float(min(self.plan.deadline * 2 ** min(self.extensions, 40), self.plan.max_extension))
+        self.extensions += 1
+        self.deadline = now + seconds
+        return seconds

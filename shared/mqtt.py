@@ -1,0 +1,289 @@
+"""The link to the broker: the only place that knows paho.
+
+paho's network thread runs the callbacks here; each does nothing but post an event to the mailbox. A callback that fails
+posts `LinkBroken`, because an exception would otherwise end the thread while the client still claims to be connected.
+The owner thread calls `publish`, `subscribe` and `acknowledge`.
+"""
+
+import functools
+import random
+import socket
+import ssl
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from shared.errors import ConfigError, LinkError
+
+DURABLE_SESSION = 30 * 86_400
+"""Seconds that a broker keeps a durable session while its client is away."""
+
+_PACKET_OVERHEAD = 1024
+"""Bytes allowed for topic, header and properties beside a payload."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """How to reach the broker. `ca`, `cert` and `key` are PEM files; times are seconds, sizes bytes."""
+
+    host: str
+    port: int
+    client_id: str
+    ca: Path
+    cert: Path
+    key: Path
+    keepalive: int = 60
+    connect_timeout: float = 10.0
+    message_max: int = 16 << 20
+    durable: bool = False
+    backoff_min: float = 1.0
+    backoff_max: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Will:
+    """What the broker says for us when we vanish."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp:
+    """Connected. `packet_max` is the broker's limit on a packet, None if it states none."""
+
+    session_present: bool
+    packet_max: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown:
+    """Not connected (any more); the link goes on trying by itself."""
+
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkBroken:
+    """Our own fault inside a callback: the process must end and be restarted."""
+
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message from the broker; `mid` and `generation` are for `Link.acknowledge`."""
+
+    topic: str
+    payload: bytes
+    retain: bool
+    qos: int
+    mid: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The broker answered a QoS 1 publish; `refusal` is empty when it took the message."""
+
+    mid: int
+    refusal: str
+
+
+LinkEvent = LinkUp | LinkDown | LinkBroken | Message | Published
+
+
+class Post(Protocol):
+    """Where a link leaves what happened: a shared.driver.Mailbox."""
+
+    def post(self, event: LinkEvent) -> None:
+        """Never waits."""
+
+    def post_payload(self, event: LinkEvent, size: int) -> None:
+        """Waits for a credit."""
+
+
+class Link:
+    """One MQTT 5 connection that is kept up until `stop`."""
+
+    def __init__(self, settings: LinkSettings, post: Post, will: Will | None = None) -> None:
+        self._settings, self._post = settings, post
+        self._packet_max: int | None = None
+        self._generation = 0
+        self._earlier, self._current = (0, 0), (0, 0)
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=settings.client_id,
+            protocol=MQTTProtocolVersion.MQTTv5,
+            manual_ack=settings.durable,
+        )
+        client.tls_set_context(tls(settings.ca, settings.cert, settings.key))
+        client.connect_timeout = settings.connect_timeout
+        client.max_inflight_messages_set(20)
+        client.max_queued_messages_set(1000)
+        if will is not None:
+            client.will_set(will.topic, will.payload, qos=0, retain=True)
+        client.on_connect = self._guard(self._on_connect)
+        client.on_connect_fail = self._guard(self._on_connect_fail)
+        client.on_disconnect = self._guard(self._on_disconnect)
+        client.on_message = self._guard(self._on_message)
+        client.on_publish = self._guard(self._on_publish)
+        self._client = client
+        self._spread()
+
+    def start(self) -> None:
+        """Begin to connect; returns at once, `LinkUp` or `LinkDown` follow."""
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = DURABLE_SESSION if self._settings.durable else 0
+        properties.MaximumPacketSize = self._settings.message_max + _PACKET_OVERHEAD
+        self._client.connect_async(
+            self._settings.host,
+            self._settings.port,
+            keepalive=self._settings.keepalive,
+            clean_start=not self._settings.durable,
+            properties=properties,
+        )
+        self._client.loop_start()
+
+    def stop(self) -> None:
+        """Disconnect cleanly (no will is sent) and end the network thread."""
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the last word of the broker was a successful CONNACK."""
+        return self._client.is_connected()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the network thread lives."""
+        name = f"paho-mqtt-client-{self._settings.client_id}"
+        return any(thread.name == name and thread.is_alive() for thread in threading.enumerate())
+
+    def subscribe(self, *filters: str, qos: int = 1) -> None:
+        """Ask for topics; the broker's grant proves nothing, so none is waited for."""
+        self._client.subscribe([(each, SubscribeOptions(qos=qos)) for each in filters])
+
+    def unsubscribe(self, *filters: str) -> None:
+        """Ask for no more of these topics."""
+        self._client.unsubscribe(list(filters))
+
+    def publish(self, topic: str, payload: bytes | bytearray, *, qos: int = 1, retain: bool = False) -> int:
+        """Send a message; its id comes back in `Published`. LinkError if it is above the broker's limit or too many wait."""
+        size = len(payload) + len(topic) + 64
+        if self._packet_max is not None and size > self._packet_max:
+            raise LinkError(
+                f"{len(payload)} bytes for {topic} are more than the broker takes in one message ({self._packet_max}); "
+                "raise max_packet_size in mosquitto.conf or make the model smaller"
+            )
+        info = self._client.publish(topic, payload, qos=qos, retain=retain)
+        if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+            raise LinkError(f"1000 messages wait for the broker already; {topic} was not sent")
+        return info.mid
+
+    def acknowledge(self, message: Message) -> None:
+        """Tell the broker that a message is dealt with; of use only on a durable link, void after a reconnect."""
+        if self._settings.durable and message.qos and message.generation == self._generation:
+            self._client.ack(message.mid, message.qos)
+
+    def bytes_moved(self) -> tuple[int, int]:
+        """(received, sent) over all connections so far, as the kernel counts them: TLS and MQTT framing included."""
+        self._current = _tcp_bytes(self._client.socket()) or self._current
+        return self._earlier[0] + self._current[0], self._earlier[1] + self._current[1]
+
+    def _guard(self, callback: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(callback)
+        def guarded(*arguments: Any) -> None:
+            try:
+                callback(*arguments)
+            except Exception as error:  # noqa: BLE001 - see the module's docstring
+                self._post.post(LinkBroken(f"{callback.__name__}: {type(error).__name__}: {error}"))
+
+        return guarded
+
+    def _spread(self) -> None:
+        # paho doubles from min to max without jitter, so a broker's restart would bring the whole fleet back at once.
+        shortest = self._settings.backoff_min * random.uniform(0.5, 1.5)
+        longest = max(shortest, self._settings.backoff_max * random.uniform(0.5, 1.5))
+        self._client.reconnect_delay_set(max(1, round(shortest)), max(1, round(longest)))
+
+    def _on_connect(
+        self, _c: object, _u: object, flags: paho.ConnectFlags, code: ReasonCode, props: Properties | None
+    ) -> None:
+        if code.is_failure:
+            self._post.post(LinkDown(f"the broker refuses this client: {code}"))
+            return
+        self._generation += 1
+        received, sent = self._current
+        self._earlier = (self._earlier[0] + received, self._earlier[1] + sent)
+        self._current = (0, 0)
+        self._packet_max = getattr(props, "MaximumPacketSize", None)
+        self._post.post(LinkUp(flags.session_present, self._packet_max))
+
+    def _on_connect_fail(self, _c: object, _u: object) -> None:
+        # paho calls this inside its except block; the error itself is not among the arguments.
+        error = sys.exc_info()[1]
+        where = f"{self._settings.host}:{self._settings.port}"
+        self._post.post(LinkDown(f"no connection to {where}: {error if error else 'unknown cause'}"))
+
+    def _on_disconnect(self, _c: object, _u: object, _f: object, code: ReasonCode, _p: object) -> None:
+        self._spread()
+        self._post.post(LinkDown(str(code)))
+
+    def _on_message(self, _c: object, _u: object, got: paho.MQTTMessage) -> None:
+        message = Message(got.topic, bytes(got.payload), got.retain, got.qos, got.mid, self._generation)
+        self._post.post_payload(message, len(got.payload))
+
+    def _on_publish(self, _c: object, _u: object, mid: int, code: ReasonCode, _p: object) -> None:
+        self._post.post(Published(mid, str(code) if code.is_failure else ""))
+
+
+def tls(ca: Path, cert: Path, key: Path) -> ssl.SSLContext:
+    """TLS 1.3 with our certificate, trusting only the fleet's CA; ConfigError names the file that does not fit."""
+    for path, key_name in ((ca, "broker.ca"), (cert, "broker.cert"), (key, "broker.key")):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise ConfigError(str(path), key_name, f"cannot be read: {error.strerror}") from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_verify_locations(cafile=str(ca))
+    except ssl.SSLError as error:
+        raise ConfigError(str(ca), "broker.ca", f"is not a PEM certificate: {error}") from None
+    try:
+        context.load_cert_chain(str(cert), str(key), password=_no_password)
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(str(cert), "broker.cert", f"does not fit {key}: {error}") from None
+    return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key is passphrase-encrypted; a service needs it in the clear")
+
+
+def _tcp_bytes(sock: Any) -> tuple[int, int] | None:
+    # struct tcp_info of Linux 4.2 and later: tcpi_bytes_acked at 120, tcpi_bytes_received at 128.
+    option = getattr(socket, "TCP_INFO", None)
+    if sock is None or option is None or not sys.platform.startswith("linux"):
+        return None
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, option, 136)
+    except OSError:
+        return None
+    if len(info) < 136:
+        return None
+    acked, received = struct.unpack_from("=QQ", info, 120)
+    return received, acked

@@ -1,0 +1,176 @@
+"""The broker's configuration out of the templates in mosquitto/, and a broker as a child of this process.
+
+The child is for demo and tests; a fleet's broker is a service of its own. Nothing here opens a connection to it.
+"""
+
+import os
+import re
+import shutil
+import socket
+import string
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from types import TracebackType
+from typing import Self
+
+from shared.errors import ConfigError, LinkError, LocalProtocolError
+
+MESSAGE_MAX = 64 << 20
+"""Bytes of the largest message, unless told otherwise; the default of both daemons too."""
+
+_OVERHEAD = 128 << 10
+"""Bytes that a packet's topic (65,535 at most), properties and header add to its payload, rounded up."""
+
+_TEMPLATES = Path(__file__).parent / "_mosquitto"
+_PREFIX = re.compile(r"[a-zA-Z0-9_-]{1,32}(/[a-zA-Z0-9_-]{1,32}){0,3}")
+_START_SECONDS = 10.0
+
+
+class _Template(string.Template):
+    delimiter = "@"  # `$SYS` is a topic and `%u` a pattern
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the templates leave open. Paths are those of the broker's host."""
+
+    home: PurePath
+    """Where mosquitto.conf, acl, ca.crt, server.crt and server.key lie."""
+    data: PurePath
+    """Where mosquitto keeps its state; it must exist and belong to `user`."""
+    port: int = 8883
+    bind: str = ""
+    """The address to listen on; every one of the host's when empty."""
+    user: str = "mosquitto"
+    prefix: str = "fl"
+    """Of every topic but the models'; the same on devices and aggregator."""
+    message_max: int = MESSAGE_MAX
+    """Bytes of the largest payload."""
+    queued_max: int = 1 << 30
+    """Bytes that may wait for one client."""
+    autosave: int = 300
+    """Seconds between two savings of the state; not below 300 in a fleet, because saving stalls the broker."""
+
+
+def render(settings: Settings) -> dict[str, str]:
+    """The texts of `mosquitto.conf` and `acl`; raises ConfigError for a value that would change their meaning."""
+    if not _PREFIX.fullmatch(settings.prefix) or settings.prefix.split("/")[0] == "models":
+        raise ConfigError(
+            "broker", "prefix", "one to four words of a-z A-Z 0-9 _ - joined by /, the first not `models`"
+        )
+    values = {
+        "home": _path(settings.home),
+        "data": _path(settings.data),
+        "listener": f"{settings.port} {_word('bind', settings.bind)}".strip(),
+        "user": _word("user", settings.user),
+        "prefix": settings.prefix,
+        "message_max": f"{settings.message_max:,}",
+        "packet_max": str(settings.message_max + _OVERHEAD),
+        "queued_max": str(settings.queued_max),
+        "autosave": str(settings.autosave),
+    }
+    return {name: _Template(_template(name)).substitute(values) for name in ("mosquitto.conf", "acl")}
+
+
+def free_port() -> int:
+    """A TCP port of the loopback address that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Broker:
+    """A mosquitto that is this process's child, run from a folder with a rendered mosquitto.conf; its log is there too.
+
+    It may be started again after `stop` or `kill`: same port, same state. Used as a context it stops at the end.
+    """
+
+    def __init__(self, home: Path, port: int, program: str = "mosquitto") -> None:
+        self.home = home
+        self.port = port
+        self.log = home / "mosquitto.log"
+        self._program = program
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id while it runs."""
+        return self._child.pid if self._child is not None and self._child.poll() is None else None
+
+    def start(self) -> None:
+        """Return once it accepts connections; raises LinkError with the end of its log if it does not."""
+        if self.pid is not None:
+            raise LocalProtocolError("the broker runs already")
+        # Debian puts it into a folder that is not on every user's path.
+        program = shutil.which(self._program, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/usr/local/sbin")
+        if program is None:
+            raise LinkError(f"there is no {self._program} on this machine: sudo apt-get install mosquitto")
+        # It dies with this process, whatever ends that, where the system can promise it.
+        leash = [found, "--pdeathsig", "KILL", "--"] if (found := shutil.which("setpriv")) else []
+        with self.log.open("ab") as log:
+            before = log.tell()
+            self._child = subprocess.Popen(
+                [*leash, program, "-c", str(self.home / "mosquitto.conf")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        end = time.monotonic() + _START_SECONDS
+        # Its word in the log, not a connection: another broker may listen on this port.
+        while b" running\n" not in self.log.read_bytes()[before:]:
+            if self._child.poll() is not None or time.monotonic() > end:
+                self.kill()
+                raise LinkError(f"mosquitto did not start; the end of {self.log}:\n{self._tail()}")
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """End it as a service manager would; it saves its state. Nothing happens if it does not run."""
+        if self._child is None:
+            return
+        self._child.terminate()
+        try:
+            self._child.wait(10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it at once, as a power cut would: it saves nothing and publishes no wills."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-10:])
+
+
+def _template(name: str) -> str:
+    try:
+        return (_TEMPLATES / name).read_text(encoding="utf-8")
+    except OSError as error:
+        advice = "install Fieldfare again (a checkout needs symbolic links)"
+        raise ConfigError(str(_TEMPLATES / name), "", f"cannot be read: {error.strerror}; {advice}") from None
+
+
+def _path(path: PurePath) -> str:
+    # mosquitto takes the rest of a line as the value, so a blank is fine and a line break is another setting.
+    text = str(path)
+    if any(ord(letter) < 32 for letter in text) or text != text.strip() or not path.is_absolute():
+        raise ConfigError(text, "", "must be an absolute path without control characters")
+    return text
+
+
+def _word(key: str, text: str) -> str:
+    if text and not re.fullmatch(r"[A-Za-z0-9._:%-]+", text):
+        raise ConfigError("broker", key, f"{text!r} is not one word")
+    return text

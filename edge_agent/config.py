@@ -1,0 +1,146 @@
+"""The agent's settings: one frozen struct with every default, its unit and its reason.
+
+It describes and checks; it never acts on a setting.
+"""
+
+from collections.abc import Mapping
+from datetime import tzinfo
+from pathlib import Path
+from typing import Annotated, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import msgspec
+from msgspec import Meta
+
+from edge_agent.eligibility import Bytes, Percent, Policy, Seconds
+from shared import config
+from shared.config import ReadableFile, Section
+from shared.errors import ConfigError
+from shared.messages import Name
+
+__all__ = ["AgentConfig", "Broker", "Data", "Device", "Log", "Percent", "Policy", "Trainer", "Trust", "load", "zone"]
+
+DEFAULT_PATH = Path("/etc/fieldfare/agent.toml")
+
+
+class Broker(Section, frozen=True):
+    """Section [broker]: the one connection of the agent, MQTT 5 over TLS 1.3 with a client certificate."""
+
+    host: Annotated[str, Meta(min_length=1, max_length=253, description="the broker's host name or address in quotes")]
+    """Must be in the broker's certificate."""
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 8883
+    """The port registered for MQTT over TLS."""
+    ca: ReadableFile = Path("ca.crt")
+    """The fleet's CA; the broker's certificate must come from it."""
+    cert: ReadableFile = Path("device.crt")
+    key: ReadableFile = Path("device.key")
+    """PEM; the certificate's common name is the device's name."""
+    keepalive: Annotated[int, Meta(ge=5, le=65_535)] = 60
+    """Seconds: a dead link is noticed after one and a half of them; shorter wakes radios for nothing."""
+    connect_timeout: Annotated[int, Meta(ge=1, le=300)] = 20
+    """Seconds for TCP and TLS: mobile links take long to wake."""
+    message_max: Annotated[int, Meta(ge=65_536, le=268_435_455)] = 64 << 20
+    """Bytes of one message that this device takes, which bounds the memory of a release. MQTT ends at 256 MiB."""
+    prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,32}(/[A-Za-z0-9_-]{1,32}){0,3}$")] = "fl"
+    """The first level of this fleet's topics."""
+
+
+class Device(Section, frozen=True):
+    """Section [device]: who and where this is."""
+
+    name: Name | None = None
+    """By default the certificate's common name, and never another."""
+    state_dir: Path = Path("/var/lib/fieldfare-agent")
+    """What must survive a reboot: highest versions, newest release, updates on their way."""
+    run_dir: Path = Path("/run/fieldfare-agent")
+    """The socket of `edge-agent status`."""
+    sys_root: Path = Path("/sys")
+    proc_root: Path = Path("/proc")
+    """Where power, temperature, pressure and memory are read; other roots are for tests and demonstrations."""
+
+
+class Trust(Section, frozen=True):
+    """Section [trust]."""
+
+    root: ReadableFile = Path("root.msgpack")
+    """The fleet's root record, pinned here when the device was set up: it names who may publish."""
+
+
+class Trainer(Section, frozen=True):
+    """Section [trainer]: the child process that trains."""
+
+    threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """CPU threads; 0: all CPUs this process may use but one, at least one, so that the device stays responsive."""
+    memory_max: Bytes = 4 << 30
+    """Bytes that the trainer may take before it fails; 0: no limit of ours."""
+    timeout: Annotated[float, Meta(ge=1.0, le=604_800.0)] = 3600.0
+    """Seconds for one round's training: a valid graph can still ask for too much."""
+    idle_exit: Seconds = 120.0
+    """Seconds that an idle trainer is kept warm: a start costs 2 CPU-seconds, an idle one 220 MB."""
+    python: Path | None = None
+    """The interpreter that has torch; by default the agent's own."""
+    nice: Annotated[int, Meta(ge=0, le=19)] = 10
+    """Scheduling niceness of the trainer: whatever else the device does comes first."""
+
+
+class Data(Section, frozen=True):
+    """Section [data.NAME]: where this device keeps the data set that tasks call NAME."""
+
+    path: Path
+    """A file, or a folder of files; it may appear later, so it is not looked at when the agent starts."""
+    kind: Literal["npz", "csv"] | None = None
+    """By default the path's suffix decides."""
+
+    def __post_init__(self) -> None:
+        if self.kind is None and self.path.suffix not in (".npz", ".csv"):
+            raise ValueError(f'kind must be "npz" or "csv", because the name of {self.path} does not say')
+
+    @property
+    def format(self) -> Literal["npz", "csv"]:
+        """The kind, told or found by the suffix."""
+        return self.kind or ("csv" if self.path.suffix == ".csv" else "npz")
+
+
+class Log(Section, frozen=True):
+    """Section [log]."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "journal", "json", "console"] = "auto"
+    """auto: the journal under systemd, a console on a terminal, JSON lines elsewhere."""
+
+
+class AgentConfig(Section, frozen=True):
+    """All of agent.toml."""
+
+    broker: Broker
+    device: Device = Device()
+    trust: Trust = Trust()
+    policy: Policy = Policy()
+    trainer: Trainer = Trainer()
+    data: Annotated[dict[Name, Data], Meta(max_length=256)] = msgspec.field(default_factory=dict)
+    """Data sets by the name that tasks use; a device without the set of a task takes no part in it."""
+    log: Log = Log()
+
+
+def load(path: Path, environ: Mapping[str, str] | None = None) -> AgentConfig:
+    """The agent's settings from `path`, its drop-ins and `environ`; raises ConfigError."""
+    found = config.load(path, AgentConfig, environ)
+    try:
+        zone(found.policy.timezone)
+    except ValueError as error:
+        raise ConfigError(str(path), "policy.timezone", str(error)) from None
+    return found
+
+
+def zone(name: str, localtime: Path = Path("/etc/localtime")) -> tzinfo:
+    """The time zone called `name`; "" is the device's own, UTC where it has none. ValueError for an unknown name."""
+    if name:
+        try:
+            return ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f'{name!r} is no time zone; write an IANA name such as "Europe/Berlin"') from None
+    try:
+        with localtime.open("rb") as file:
+            return ZoneInfo.from_file(file, key="localtime")
+    except (OSError, ValueError):
+        return ZoneInfo("UTC")

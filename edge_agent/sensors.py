@@ -1,0 +1,281 @@
+"""Reads what this device is doing right now from /sys and /proc (or other roots) into DeviceFacts.
+
+A source that is missing, unreadable or garbage gives None, never an exception; edge_agent.eligibility says what None
+means. Every look costs a few small files and nothing is kept open. It decides nothing and writes nothing but the
+operator's pause, which is a file so that it survives a restart.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, tzinfo
+from pathlib import Path
+
+from edge_agent.eligibility import DeviceFacts
+from shared.driver import Instant
+
+PAUSE_FILE = "paused.json"
+ECHO = 30.0
+"""Seconds for which averages over 10 s still show work of ours that has ended: they fall to 5 % of it."""
+
+_SMALL = 65_536
+_CHARGING = frozenset({"Charging", "Full", "Not charging"})
+_TRIPS = frozenset({"passive", "hot", "critical"})
+_CREDIBLE = range(-60_000, 200_000)
+"""Millidegrees Celsius; some drivers report -274,000 or 0 for a trip point they do not have."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """CPU time since boot in clock ticks: of all CPUs, not idle, and ours."""
+
+    total: int
+    busy: int
+    ours: int
+
+
+class Sensors:
+    """The device's senses. Call `read` from one thread; it remembers the reading before, to tell CPU use."""
+
+    def __init__(self, sys_root: Path, proc_root: Path, state_dir: Path, zone: tzinfo) -> None:
+        self._sys, self._proc, self._state, self._zone = sys_root, proc_root, state_dir, zone
+        self._use: _Use | None = None
+        self._others: float | None = None
+        self._worked: float | None = None
+
+    def read(
+        self, now: Instant, trainer: int | None = None, working: bool = False, trained: float | None = None
+    ) -> DeviceFacts:
+        """Look at the device at `now`.
+
+        `trainer` is the process id of our trainer if one runs, `working` whether it has a job, and `trained` the
+        monotonic seconds at which the last round's training ended.
+        """
+        if working:
+            self._worked = now.mono
+        mains, has_battery, battery = self._power()
+        temperature, margin = self._heat()
+        memory = self._memory()
+        paused, until = self._pause(now.utc)
+        return DeviceFacts(
+            local=datetime.fromtimestamp(now.utc, UTC).astimezone(self._zone),
+            mains=mains,
+            has_battery=has_battery,
+            battery=battery,
+            cpu_pressure=self._pressure("cpu"),
+            memory_pressure=self._pressure("memory"),
+            io_pressure=self._pressure("io"),
+            load=self._load(),
+            cpu_others=self._cpu_others(trainer),
+            memory_free=memory.get("MemAvailable"),
+            memory_total=memory.get("MemTotal"),
+            disk_free=self._disk(),
+            temperature=temperature,
+            heat_margin=margin,
+            training=self._worked is not None and now.mono - self._worked < ECHO,
+            paused=paused,
+            paused_until=until,
+            since_round=None if trained is None else max(0.0, now.mono - trained),
+        )
+
+    # -- power ---------------------------------------------------------------------------------------------------
+
+    def _power(self) -> tuple[bool | None, bool, float | None]:
+        """On mains or charging, whether there is a battery, and the charge of the emptiest one in percent."""
+        supplies = _entries(self._sys / "class/power_supply")
+        if supplies is None:
+            return None, False, None
+        online, batteries, charges, unsure = False, 0, [], False
+        has_mains = False
+        for supply in supplies:
+            if _text(supply / "scope") == "Device":  # the battery of a mouse
+                continue
+            kind = _text(supply / "type")
+            if kind in ("Battery", "UPS"):
+                if _number(supply / "present") == 0:
+                    continue
+                batteries += 1
+                status, charge = _text(supply / "status"), _number(supply / "capacity")
+                online = online or status in _CHARGING
+                unsure = unsure or status is None
+                charges.append(charge if charge is not None and 0 <= charge <= 100 else None)
+            elif kind is not None and (kind == "Mains" or kind.startswith(("USB", "Wireless"))):
+                fed = _number(supply / "online")
+                has_mains = has_mains or kind == "Mains"
+                online = online or (fed is not None and fed > 0)
+                unsure = unsure or fed is None
+            else:
+                unsure = unsure or kind is None
+        known = [charge for charge in charges if charge is not None]
+        battery = float(min(known)) if known and len(known) == len(charges) else None
+        if not online and not batteries and not has_mains and not unsure:
+            online = True  # whatever has no battery and runs is on mains
+        return (None if unsure and not online else online), batteries > 0, battery
+
+    # -- heat ----------------------------------------------------------------------------------------------------
+
+    def _heat(self) -> tuple[float | None, float | None]:
+        """The hottest zone, and the smallest distance of a zone to its lowest trip point, in degrees Celsius."""
+        hottest: list[int] = []
+        margins: list[int] = []
+        for zone in _entries(self._sys / "class/thermal") or ():
+            value = _number(zone / "temp") if zone.name.startswith("thermal_zone") else None
+            if value is None or value not in _CREDIBLE:
+                continue
+            hottest.append(value)
+            trips = [trip for trip in _trips(zone) if trip in _CREDIBLE and trip > 20_000]
+            margins += [min(trips) - value] if trips else []
+        return (max(hottest) / 1000 if hottest else None), (min(margins) / 1000 if margins else None)
+
+    # -- load ----------------------------------------------------------------------------------------------------
+
+    def _pressure(self, resource: str) -> float | None:
+        """PSI `some avg10` in percent."""
+        for line in _lines(self._proc / "pressure" / resource):
+            words = line.split()
+            if words[:1] == ["some"] and len(words) > 1 and words[1].startswith("avg10="):
+                value = _float(words[1].removeprefix("avg10="))
+                return value if value is not None and 0 <= value <= 100 else None
+        return None
+
+    def _load(self) -> float | None:
+        words = (_text(self._proc / "loadavg") or "").split()
+        value = _float(words[0]) if words else None
+        return None if value is None or value < 0 else value / (os.cpu_count() or 1)
+
+    def _cpu_others(self, trainer: int | None) -> float | None:
+        """Percent of all CPUs that others used since the reading before; the last answer if that was just now."""
+        use = self._cpu_use(trainer)
+        before, self._use = self._use, use
+        if use is None or before is None:
+            self._others = None
+        elif use.total - before.total < 50:
+            self._use = before
+        else:
+            total = use.total - before.total
+            # A trainer that ended leaves its time with its parent; one that was lost never makes ours negative.
+            others = (use.busy - before.busy) - max(0, use.ours - before.ours)
+            self._others = min(100.0, max(0.0, 100.0 * others / total))
+        return self._others
+
+    def _cpu_use(self, trainer: int | None) -> _Use | None:
+        for line in _lines(self._proc / "stat")[:1]:
+            words = [_whole(word) for word in line.split()[1:9]]
+            times = [word for word in words if word is not None]
+            ours = [_ticks(self._proc / str(pid)) for pid in (os.getpid(), trainer) if pid is not None]
+            known = [ticks for ticks in ours if ticks is not None]
+            # The first is this process itself: without it, nothing can be told apart.
+            if line.startswith("cpu ") and len(times) == len(words) >= 5 and ours[0] is not None:
+                return _Use(sum(times), sum(times) - times[3] - times[4], sum(known))
+        return None
+
+    # -- room ----------------------------------------------------------------------------------------------------
+
+    def _memory(self) -> dict[str, int]:
+        """/proc/meminfo in bytes."""
+        found = {}
+        for line in _lines(self._proc / "meminfo"):
+            words = line.split()
+            value = _whole(words[1]) if len(words) == 3 and words[2] == "kB" else None
+            if value is not None:
+                found[words[0].rstrip(":")] = value * 1024
+        return found
+
+    def _disk(self) -> int | None:
+        try:
+            found = os.statvfs(self._state)
+        except OSError:
+            return None
+        return found.f_bavail * found.f_frsize
+
+    # -- the operator --------------------------------------------------------------------------------------------
+
+    def _pause(self, utc: float) -> tuple[bool, float | None]:
+        """Whether the operator paused the device, and until when; a pause file that cannot be read is a pause."""
+        file = self._state / PAUSE_FILE
+        try:
+            if not file.exists():
+                return False, None
+        except OSError:
+            return True, None
+        try:
+            until = json.loads(_text(file) or "")["until"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return True, None
+        if isinstance(until, bool) or not isinstance(until, int | float):
+            return True, None
+        return utc < until, (float(until) if utc < until else None)
+
+
+def pause(state_dir: Path, until: float | None) -> None:
+    """Pause training until the UTC second `until`, or until `resume`; OSError if that cannot be written."""
+    draft = state_dir / (PAUSE_FILE + ".new")
+    draft.write_text(json.dumps({"until": until}) + "\n")
+    os.replace(draft, state_dir / PAUSE_FILE)
+
+
+def resume(state_dir: Path) -> None:
+    """End the operator's pause, if there is one."""
+    (state_dir / PAUSE_FILE).unlink(missing_ok=True)
+
+
+# -- small files that may be anything ------------------------------------------------------------------------------
+
+
+def _text(file: Path) -> str | None:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(_SMALL).decode("ascii", "replace").strip()
+    except (OSError, ValueError):
+        return None
+
+
+def _lines(file: Path) -> list[str]:
+    return (_text(file) or "").splitlines()
+
+
+def _number(file: Path) -> int | None:
+    return _whole(_text(file) or "")
+
+
+def _whole(text: str) -> int | None:
+    digits = text.removeprefix("-")
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) <= 18 else None
+
+
+def _float(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if value == value and abs(value) < 1e9 else None
+
+
+def _entries(folder: Path) -> list[Path] | None:
+    """What lies in `folder`, sorted; nothing where it does not exist; None where it cannot be listed."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError:
+        return None
+
+
+def _trips(zone: Path) -> Iterator[int]:
+    for number in range(16):
+        kind = _text(zone / f"trip_point_{number}_type")
+        if kind is None:
+            return
+        value = _number(zone / f"trip_point_{number}_temp") if kind in _TRIPS else None
+        if value is not None:
+            yield value
+
+
+def _ticks(process: Path) -> int | None:
+    """CPU time of a process and the children it has waited for, in clock ticks."""
+    # The name, in brackets, may itself hold spaces and brackets.
+    fields = (_text(process / "stat") or "").rpartition(")")[2].split()
+    times = [_whole(word) for word in fields[11:15]]
+    known = [time for time in times if time is not None]
+    return sum(known) if len(known) == 4 else None

@@ -1,0 +1,78 @@
+"""Every event worth telling, by its name: the log event and the metric are called the same.
+
+docs/events.md lists them for people and a test compares. Names are never renamed and never reused. Pure.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class Event(StrEnum):
+    """`noun.past_participle`; `level_of` says how loud, `message_id_of` the journal's MESSAGE_ID."""
+
+    # both daemons
+    DAEMON_STARTED = "daemon.started"
+    DAEMON_STOPPED = "daemon.stopped"
+    LINK_UP = "link.up"
+    LINK_DOWN = "link.down"
+    MESSAGE_REFUSED = "message.refused"
+    CLOCK_JUMPED = "clock.jumped"
+    LIBRARY_SAID = "library.said"
+    # the device
+    RELEASE_ACCEPTED = "release.accepted"
+    DEVICE_ELIGIBLE = "device.eligible"
+    DEVICE_BLOCKED = "device.blocked"
+    DEVICE_PAUSED = "device.paused"
+    DEVICE_RESUMED = "device.resumed"
+    ROUND_JOINED = "round.joined"
+    ROUND_SKIPPED = "round.skipped"
+    TRAINER_STARTED = "trainer.started"
+    TRAINER_STOPPED = "trainer.stopped"
+    TRAINER_DIED = "trainer.died"
+    TRAINER_SAID = "trainer.said"
+    TRAINING_STARTED = "training.started"
+    TRAINING_PROGRESSED = "training.progressed"
+    TRAINING_FINISHED = "training.finished"
+    TRAINING_STOPPED = "training.stopped"
+    TRAINING_FAILED = "training.failed"
+    UPDATE_SENT = "update.sent"
+    UPDATE_ANSWERED = "update.answered"
+    # the aggregator
+    TASK_ADOPTED = "task.adopted"
+    ROUND_OPENED = "round.opened"
+    ROUND_WIDENED = "round.widened"
+    ROUND_EXTENDED = "round.extended"
+    ROUND_CLOSED = "round.closed"
+    UPDATE_ACCEPTED = "update.accepted"
+    UPDATE_REJECTED = "update.rejected"
+    RELEASE_PUBLISHED = "release.published"
+    TASK_FINISHED = "task.finished"
+    DEVICE_SEEN = "device.seen"
+    DEVICE_LOST = "device.lost"
+
+
+_LEVELS: Mapping[Event, str] = {
+    Event.LINK_DOWN: "warning",
+    Event.MESSAGE_REFUSED: "warning",
+    Event.CLOCK_JUMPED: "warning",
+    Event.TRAINER_DIED: "warning",
+    Event.TRAINER_SAID: "debug",
+    Event.TRAINING_FAILED: "error",
+    Event.TRAINING_PROGRESSED: "debug",
+    Event.ROUND_SKIPPED: "debug",
+    Event.ROUND_EXTENDED: "warning",
+    Event.UPDATE_REJECTED: "warning",
+    Event.DEVICE_SEEN: "debug",
+    Event.DEVICE_LOST: "debug",
+}
+
+
+def level_of(event: Event) -> str:
+    """debug, info, warning or error."""
+    return _LEVELS.get(event, "info")
+
+
+def message_id_of(event: Event) -> str:
+    """The 32 hex digits under which the journal finds every record of this event: they follow from its name."""
+    return hashlib.sha256(b"fieldfare/event/" + event.value.encode()).hexdigest()[:32]

@@ -82,7 +82,7 @@ if [ -n "$cuda" ]; then
     die "the torch found is a build for CUDA $cuda, gigabytes more than needed; TORCH_INDEX=URL names an index with the CPU build"
 fi
 
-pip install -q --no-deps --no-build-isolation --no-index -e .
+PYTHONWARNINGS=ignore pip install -q --no-deps --no-build-isolation --no-index -e .
 pip check >/dev/null || die "$(pip check)"
 printf '%s\n' "$wanted" >"$STAMP"
 say "ready"

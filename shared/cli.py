@@ -7,8 +7,10 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from enum import IntEnum
+from pathlib import Path
 from typing import NoReturn
 
 from shared.errors import ConfigError, FieldfareError, LinkError, RemoteProtocolError
@@ -52,11 +54,13 @@ def epilog(*examples: str) -> str:
     """The end of a --help page: examples and the exit codes."""
     shown = "".join(f"  {line}\n" for line in examples)
     codes = "".join(f"  {code.value:>3}  {text}\n" for code, text in MEANING.items())
-    return (f"{'example' if len(examples) == 1 else 'examples'}:\n{shown}\n" if examples else "") + f"exit codes:\n{codes}"
+    return (
+        f"{'example' if len(examples) == 1 else 'examples'}:\n{shown}\n" if examples else ""
+    ) + f"exit codes:\n{codes}"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser as both commands want it: no abbreviated options, examples and exit codes printed as written."""
+    """An argparse parser as both commands want it: no abbreviations, examples and exit codes printed as written."""
 
     def __init__(self, *, examples: tuple[str, ...] = (), **options: object) -> None:
         super().__init__(
@@ -134,6 +138,38 @@ def table(heads: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
     widths = [max(len(line[column]) for line in text) for column in range(len(heads))]
     for line in text:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def save(target: Path, data: bytes, *, force: bool) -> None:
+    """Write a file whole or not at all; Failure where one lies already and `force` is not given."""
+    if target.exists() and not force:
+        raise Failure(Exit.FAILED, f"{target} exists; give another name, or --force to replace it")
+    if not target.parent.is_dir():
+        raise Failure(Exit.FAILED, f"there is no folder {target.parent}")
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.name == "posix":
+            # mkstemp lets only the owner read; what a command writes is as readable as what the shell writes.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path, limit: int) -> bytes:
+    """The bytes of a file of at most `limit` bytes; Failure for a larger one, OSError where it cannot be read."""
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise Failure(Exit.FAILED, f"{path} has more than {limit} bytes; is it the right file?")
+    return data
 
 
 def _lines(value: Mapping[str, object], depth: int) -> list[str]:

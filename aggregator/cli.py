@@ -1,0 +1,580 @@
+"""The `aggregator` command: a fleet, its devices, releases and models, and the daemon itself.
+
+Each command imports what it needs when it runs, so that --help is quick and building, showing and publishing a release
+work where Linux-only modules are missing. Nothing is decided here beyond what options mean.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shared import cli
+from shared.cli import Exit, Failure, Parser, say, show
+
+if TYPE_CHECKING:
+    from aggregator.store import StoredTask
+    from shared.messages import Root
+    from shared.mqtt import LinkSettings
+
+PASSPHRASE = "FIELDFARE_PASSPHRASE"
+FLEET = "FIELDFARE_FLEET"
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    command: Command = options.command
+    return cli.guarded("aggregator", lambda: command(options))
+
+
+# -- fleet and devices -------------------------------------------------------------------------------------------
+
+
+def _fleet_init(options: argparse.Namespace) -> int:
+    from aggregator import ca
+
+    passphrase = None if options.no_passphrase else _passphrase(options, "for the new fleet's keys", twice=True)
+    fleet = ca.init_fleet(
+        options.directory,
+        options.name,
+        options.host,
+        now=time.time(),
+        passphrase=passphrase,
+        port=options.port,
+        prefix=options.prefix,
+        message_max=options.message_max,
+        bind=options.bind,
+        broker_home=options.broker_home,
+        broker_data=options.broker_data,
+        broker_user=options.broker_user,
+    )
+    place = options.directory
+    if options.json:
+        show({"fleet": fleet.name, "directory": str(place.absolute()), "hosts": fleet.hosts, "port": fleet.port}, True)
+        return Exit.OK
+    print(f"made the fleet {fleet.name} in {place}")
+    print(f"  broker      mosquitto -c {place / 'broker' / 'mosquitto.conf'}")
+    print(f"  aggregator  aggregator run --config {place / 'aggregator' / 'aggregator.toml'}")
+    print(f"  devices     aggregator device add NAME --fleet {place} -o NAME.tar.gz")
+    print(f"keep {place / 'root'} and {place / 'ca'} off this machine when you do not need them: who holds")
+    print(
+        "their keys can replace the fleet's trust and enrol devices"
+        + ("" if passphrase else " (they are not encrypted)")
+    )
+    return Exit.OK
+
+
+def _device_add(options: argparse.Namespace) -> int:
+    from aggregator import ca
+
+    out = ca.add_device(
+        options.fleet,
+        options.name,
+        options.output,
+        now=time.time(),
+        passphrase=_opening(options, options.fleet / "ca" / "ca.key"),
+        days=options.days,
+        again=options.again,
+    )
+    if options.json:
+        show({"device": options.name, "bundle": str(out.absolute()), "days": options.days}, True)
+    else:
+        print(f"made the bundle of {options.name}: {out}")
+        print("it holds the device's private key: copy it over a safe way, then delete it here")
+    return Exit.OK
+
+
+# -- releases and models -----------------------------------------------------------------------------------------
+
+
+def _release_build(options: argparse.Namespace) -> int:
+    from aggregator import release
+
+    if options.output.exists() and not options.force:
+        raise Failure(Exit.FAILED, f"{options.output} exists; give another name, or --force to replace it")
+    keys = release.fleet_keys(options.fleet, lambda path: _passphrase(options, f"of {path}"))
+    limit = _message_max(options)
+    now = time.time()
+    # The publisher's own modules are found as `python` would find them.
+    sys.path.insert(0, "")
+    data = release.build(options.model, options.loss, options.task, keys, now=now, limit=limit, seed=options.seed)
+    cli.save(options.output, data, force=options.force)
+    found = release.read(data, keys.root, now)
+    if options.json:
+        show(found.facts() | {"file": str(options.output.absolute())}, True)
+    else:
+        print(f"built {found.manifest.task} version {found.manifest.version}: {options.output}, {len(data)} bytes")
+    return Exit.OK
+
+
+def _release_show(options: argparse.Namespace) -> int:
+    from aggregator import release
+
+    root = _root(options, required=False)
+    show(release.read(cli.load(options.file, release.RELEASE_MAX), root).facts(), options.json)
+    return Exit.OK
+
+
+def _release_publish(options: argparse.Namespace) -> int:
+    from aggregator import publish, release
+    from shared.trust import Trust
+
+    root = _root(options, required=True)
+    assert root is not None
+    data = cli.load(options.file, release.RELEASE_MAX)
+    found = release.read(data, root, time.time())
+    settings, prefix = _operator(options)
+    result = publish.publish(data, found, Trust(root), settings, wait=options.wait, prefix=prefix, say=say)
+    task, version = found.manifest.task, found.manifest.version
+    if options.json:
+        facts: dict[str, object] = {"task": task, "version": version, "published": True}
+        taken = isinstance(result, publish.Taken)
+        show(facts | {"taken": taken} | asdict(result), True)
+    if isinstance(result, publish.Taken):
+        if not options.json:
+            print(f"the fleet has {task} version {version}, release {result.number} ({result.digest.hex()[:16]})")
+        return Exit.OK
+    if options.wait <= 0:
+        return Exit.OK
+    text = f"published and retained; no aggregator has taken it within {options.wait:g} s: {result.why}"
+    return cli.complain("aggregator", text, Exit.TIMED_OUT)
+
+
+def _model_export(options: argparse.Namespace) -> int:
+    from aggregator import model, release
+
+    root = _root(options, required=True)
+    assert root is not None
+    if options.release is not None:
+        data = cli.load(options.release, release.RELEASE_MAX)
+    else:
+        from aggregator import publish
+
+        settings, _ = _operator(options)
+        data = publish.newest(options.task, settings, wait=options.wait)
+    found, current = model.verified(data, options.task, root, time.time())
+    model.write(found, options.output, force=options.force)
+    if not current:
+        say(f"training of {options.task} has expired; its model stays usable")
+    facts = {
+        "task": options.task,
+        "version": found.manifest.version,
+        "number": found.release.number,
+        "file": str(options.output.absolute()),
+        "bytes": found.release.weights.size,
+        "sha256": found.release.weights.sha256,
+        "metrics_of_parent": dict(found.release.metrics),
+    }
+    if options.json:
+        show(facts, True)
+    else:
+        print(f"wrote release {found.release.number} of {options.task}: {options.output}, {facts['bytes']} bytes")
+    return Exit.OK
+
+
+# -- the daemon --------------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    from aggregator import config, service
+
+    service.run(config.load(options.config, os.environ))
+    return Exit.OK
+
+
+def _status(options: argparse.Namespace) -> int:
+    import json
+
+    from aggregator import config
+
+    path = config.load(options.config, os.environ).status_file
+    try:
+        told = json.loads(cli.load(path, 16 << 20))
+    except FileNotFoundError:
+        raise Failure(Exit.UNREACHABLE, f"the aggregator has never run with this configuration (no {path})") from None
+    except ValueError:
+        raise Failure(Exit.FAILED, f"{path} is damaged; the running aggregator writes it anew") from None
+    running = _lives(told.get("pid"))
+    show({"running": running} | told, options.json)
+    if not running:
+        return cli.complain("aggregator", "the aggregator is not running; this is what it said last", Exit.UNREACHABLE)
+    return Exit.OK
+
+
+def _lives(pid: object) -> bool:
+    try:
+        os.kill(int(str(pid)), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _task_list(options: argparse.Namespace) -> int:
+    from aggregator import config
+    from aggregator.store import Store
+
+    store = Store(config.load(options.config, os.environ).database, read_only=True)
+    try:
+        tasks = [_task_facts(task) for task in store.tasks()]
+    finally:
+        store.close()
+    if options.json:
+        show({"tasks": tasks}, True)
+    else:
+        heads = ("task", "version", "release", "round", "state", "updates", "expires")
+        cli.table(heads, [tuple("-" if task[head] is None else task[head] for head in heads) for task in tasks])
+    return Exit.OK
+
+
+def _task_facts(task: "StoredTask") -> dict[str, object]:
+    from shared import signing, wire
+    from shared.messages import Release, TaskManifest
+
+    # The store holds only what was verified before it was written.
+    manifest = wire.unpack(task.manifest.payload, TaskManifest)
+    release = wire.unpack(task.release.payload, Release)
+    return {
+        "task": task.name,
+        "version": manifest.version,
+        "release": release.number,
+        "release_digest": signing.digest(task.release),
+        "metrics_of_parent": dict(release.metrics),
+        "round": None if task.round is None else task.round.number,
+        "rounds": manifest.plan.rounds,
+        "state": "waiting" if task.round is None else task.round.state,
+        "updates": len(task.contributions),
+        "goal": manifest.plan.goal,
+        "expires": datetime.fromtimestamp(manifest.expires, UTC).isoformat(),
+    }
+
+
+# -- what several commands need ----------------------------------------------------------------------------------
+
+
+def _passphrase(options: argparse.Namespace, purpose: str, *, twice: bool = False) -> bytes:
+    """From --passphrase-file, else from the environment, else from the terminal."""
+    if options.passphrase_file is not None:
+        found = cli.load(options.passphrase_file, 4096).rstrip(b"\r\n")
+    elif PASSPHRASE in os.environ:
+        found = os.environ[PASSPHRASE].encode()
+    elif sys.stdin.isatty():
+        import getpass
+
+        found = getpass.getpass(f"passphrase {purpose}: ").encode()
+        if twice and getpass.getpass("once more: ").encode() != found:
+            raise Failure(Exit.FAILED, "the two passphrases differ; nothing was made")
+    else:
+        none = ", or --no-passphrase" if twice else ""
+        raise Failure(
+            Exit.USAGE, f"a passphrase {purpose} is needed: give --passphrase-file, or set {PASSPHRASE}{none}"
+        )
+    if not found:
+        raise Failure(Exit.USAGE, f"the passphrase {purpose} is empty")
+    return found
+
+
+def _opening(options: argparse.Namespace, key: Path) -> bytes | None:
+    """The passphrase of a key's file, or None where it has none."""
+    from shared import identity
+
+    return _passphrase(options, f"of {key}") if identity.is_encrypted(key) else None
+
+
+def _root(options: argparse.Namespace, *, required: bool) -> "Root | None":
+    """The fleet's root: from --root, else from the fleet folder; None where neither is there and it is not required."""
+    from aggregator import release
+
+    path: Path = options.root or options.fleet / "root" / "root.msgpack"
+    if not required and options.root is None and not path.exists():
+        return None
+    return release.read_root(path)
+
+
+def _operator(options: argparse.Namespace) -> "tuple[LinkSettings, str]":
+    """How the operator reaches the broker, and the prefix of the fleet's topics."""
+    from aggregator import ca
+    from shared.mqtt import LinkSettings
+    from shared.topics import SERVICE_OPERATOR
+
+    fleet = ca.read_fleet(options.fleet)
+    place = options.fleet / "operator"
+    settings = LinkSettings(
+        host=options.host or fleet.hosts[0],
+        port=options.port or fleet.port,
+        client_id=SERVICE_OPERATOR,
+        ca=place / "ca.crt",
+        cert=place / "operator.crt",
+        key=place / "operator.key",
+        message_max=fleet.message_max,
+    )
+    return settings, fleet.prefix
+
+
+def _message_max(options: argparse.Namespace) -> int:
+    """The limit on one message: --limit, else what the fleet was made with."""
+    from aggregator import ca
+
+    limit: int = options.limit or ca.read_fleet(options.fleet).message_max
+    return limit
+
+
+# -- options -----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="aggregator",
+        description="Train one PyTorch model on a fleet of devices over MQTT: make the fleet, publish a model, collect "
+        "and average what the devices learn.",
+        examples=(
+            "aggregator fleet init fleet --host broker.example.org",
+            "aggregator device add sensor-1 -o sensor-1.tar.gz",
+            "aggregator run --config fleet/aggregator/aggregator.toml",
+            "aggregator release build model.py:Net --loss cross_entropy --task task.toml -o release.msgpack",
+            "aggregator release publish release.msgpack",
+        ),
+    )
+    cli.add_version(parser)
+    groups = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    fleet = _group(groups, "fleet", "make a fleet")
+    one = _command(
+        fleet, "init", _fleet_init, "make a fleet's keys, certificates and configurations",
+        "Make the folder of a new fleet: its CA, trust root, publisher, operator and aggregator identities, and the "
+        "configuration of its broker and its aggregator. Nothing is ever overwritten.",
+        "aggregator fleet init fleet --host broker.example.org",
+        "aggregator fleet init fleet --host 192.0.2.7 --host broker.local --passphrase-file ~/secret",
+    )  # fmt: skip
+    one.add_argument("directory", type=Path, metavar="DIR", help="the folder to make")
+    one.add_argument("--name", default="fleet", help="the fleet's name, a-z 0-9 and - (default: %(default)s)")
+    one.add_argument(
+        "--host", action="append", required=True, metavar="HOST",
+        help="name or address of the broker as devices reach it; may be repeated, devices use the first",
+    )  # fmt: skip
+    one.add_argument("--port", type=_port, default=8883, help="the broker's port (default: %(default)s)")
+    one.add_argument("--prefix", default="fl", help="first level of the fleet's topics (default: %(default)s)")
+    one.add_argument(
+        "--message-max", type=_size, default=64 << 20, metavar="BYTES",
+        help="bytes of the largest message, which bounds the model's size (default: %(default)s)",
+    )  # fmt: skip
+    one.add_argument("--bind", default="", metavar="ADDRESS", help="address the broker listens on (default: all)")
+    one.add_argument("--broker-home", type=Path, metavar="DIR", help="where the broker's files will lie on its host "
+                     "(default: where they are made)")  # fmt: skip
+    one.add_argument("--broker-data", type=Path, metavar="DIR", help="where the broker keeps its state on its host "
+                     "(default: a folder beside its files)")  # fmt: skip
+    one.add_argument("--broker-user", metavar="USER", help="who runs the broker on its host (default: you)")
+    one.add_argument("--no-passphrase", action="store_true", help="leave the keys of CA, root and publisher open")
+    _add_passphrase(one)
+    cli.add_json(one)
+
+    device = _group(groups, "device", "enrol devices")
+    one = _command(
+        device, "add", _device_add, "make the bundle that enrols one device",
+        "Make a device's bundle: its key and certificate, the fleet's CA and trust root, and a ready agent.toml.",
+        "aggregator device add sensor-1 -o sensor-1.tar.gz",
+        "aggregator device add sensor-1 --fleet /srv/fleet -o bundles/sensor-1",
+    )  # fmt: skip
+    one.add_argument("name", metavar="NAME", help="the device's name: a-z 0-9 and -, at most 63, unique in the fleet")
+    _add_output(one, "the bundle: a folder, or one archive where the name ends in .tar.gz")
+    one.add_argument(
+        "--days", type=_positive, default=365, help="days that the certificate is valid (default: %(default)s)"
+    )
+    one.add_argument("--again", action="store_true", help="issue a further certificate to a device that has one")
+    _add_fleet(one)
+    _add_passphrase(one)
+    cli.add_json(one)
+
+    release = _group(groups, "release", "build, check and publish models")
+    one = _command(
+        release, "build", _release_build, "turn a PyTorch module and a task file into one signed release file",
+        "Export a PyTorch module with its loss into a signed release file, which is data and holds no code. Python "
+        "code is run here, on your machine, and nowhere else. Needs PyTorch.",
+        "aggregator release build model.py:Net --loss cross_entropy --task task.toml -o release.msgpack",
+        "aggregator release build my.package:make --loss my.package:Loss --task task.toml -o release.msgpack --force",
+    )  # fmt: skip
+    one.add_argument("model", metavar="MODEL", help="package.module:attribute or file.py:attribute; an nn.Module's "
+                     "class, an instance, or a function without arguments that gives one")  # fmt: skip
+    one.add_argument(
+        "--loss", required=True,
+        help="cross_entropy, bce_with_logits, mse, l1 or huber; or, named like MODEL, a module of your own that takes "
+        "outputs and target and returns the loss; or own, where the model computes its loss itself: "
+        "forward(*inputs, target) returns it",
+    )  # fmt: skip
+    one.add_argument("--task", type=Path, required=True, metavar="FILE", help="the task file (TOML)")
+    _add_output(one, "the release file to write")
+    one.add_argument("--seed", type=int, default=0, help="of the initial weights (default: %(default)s)")
+    one.add_argument("--limit", type=_size, metavar="BYTES", help="bytes that one message takes (default: as in the "
+                     "fleet's fleet.toml)")  # fmt: skip
+    _add_force(one)
+    _add_fleet(one)
+    _add_passphrase(one)
+    cli.add_json(one)
+
+    one = _command(
+        release, "show", _release_show, "check a release file and say what is in it",
+        "Check a release file as a device would and print what it holds. Without a fleet folder or --root the "
+        "signatures are not checked, and the output says so.",
+        "aggregator release show release.msgpack",
+        "aggregator release show release.msgpack --root root.msgpack --json",
+    )  # fmt: skip
+    one.add_argument("file", type=Path, metavar="FILE", help="the release file")
+    _add_root(one)
+    _add_fleet(one)
+    cli.add_json(one)
+
+    one = _command(
+        release, "publish", _release_publish, "publish a release file and wait until the aggregator takes it",
+        "Check a release file, publish it to models/release (retained) as the fleet's operator, and wait until the "
+        "aggregator announces it. An exit code of 4 means: published, but no aggregator has taken it yet.",
+        "aggregator release publish release.msgpack",
+        "aggregator release publish release.msgpack --wait 0",
+    )  # fmt: skip
+    one.add_argument("file", type=Path, metavar="FILE", help="the release file")
+    one.add_argument("--wait", type=_seconds, default=30.0, metavar="SECONDS",
+                     help="how long to wait for the aggregator; 0 does not wait (default: %(default)g)")  # fmt: skip
+    _add_broker(one)
+    _add_root(one)
+    _add_fleet(one)
+    cli.add_json(one)
+
+    model = _group(groups, "model", "take a trained model home")
+    one = _command(
+        model, "export", _model_export, "write a task's newest weights as safetensors",
+        "Fetch the newest release of a task from the broker, verify it, and write its weights as a safetensors file "
+        "that Module.load_state_dict takes.",
+        "aggregator model export digits -o digits.safetensors",
+        "aggregator model export digits --release release.msgpack -o initial.safetensors",
+    )  # fmt: skip
+    one.add_argument("task", metavar="TASK", help="the task's name")
+    _add_output(one, "the safetensors file to write")
+    one.add_argument("--release", type=Path, metavar="FILE", help="take it from this release file, not from the broker")
+    one.add_argument("--wait", type=_seconds, default=10.0, metavar="SECONDS",
+                     help="how long to wait for the broker to hand it out (default: %(default)g)")  # fmt: skip
+    _add_force(one)
+    _add_broker(one)
+    _add_root(one)
+    _add_fleet(one)
+    cli.add_json(one)
+
+    one = _command(
+        groups, "run", _run, "run the aggregator",
+        "Run the aggregator in the foreground until SIGTERM or SIGINT; it continues where its state directory stands.",
+        "aggregator run --config fleet/aggregator/aggregator.toml",
+    )  # fmt: skip
+    _add_config(one)
+
+    one = _command(
+        groups, "status", _status, "say what each task is doing",
+        "Print what the aggregator is doing: its link, the devices, every task with its round, and what it refused. "
+        "An exit code of 5 means that it is not running; what it said last is printed all the same.",
+        "aggregator status --config fleet/aggregator/aggregator.toml --json",
+    )  # fmt: skip
+    _add_config(one)
+    cli.add_json(one)
+
+    task = _group(groups, "task", "look at tasks")
+    one = _command(
+        task, "list", _task_list, "list the tasks, one a line",
+        "Print one line for each task, read from the state directory; the aggregator need not run.",
+        "aggregator task list --config fleet/aggregator/aggregator.toml",
+    )  # fmt: skip
+    _add_config(one)
+    cli.add_json(one)
+    return parser
+
+
+def _group(groups: "argparse._SubParsersAction[Parser]", name: str, text: str) -> "argparse._SubParsersAction[Parser]":
+    group = groups.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    return group.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def _command(
+    group: "argparse._SubParsersAction[Parser]",
+    name: str,
+    command: Command,
+    text: str,
+    description: str,
+    *examples: str,
+) -> Parser:
+    parser = group.add_parser(name, help=text, description=description, examples=examples)
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_fleet(parser: Parser) -> None:
+    parser.add_argument(
+        "--fleet", type=Path, default=Path(os.environ.get(FLEET, "fleet")), metavar="DIR",
+        help=f"the fleet's folder (default: ${FLEET}, else fleet)",
+    )  # fmt: skip
+
+
+def _add_passphrase(parser: Parser) -> None:
+    parser.add_argument(
+        "--passphrase-file", type=Path, metavar="FILE",
+        help=f"file with the keys' passphrase (default: ${PASSPHRASE}, else it is asked for on the terminal)",
+    )  # fmt: skip
+
+
+def _add_output(parser: Parser, text: str) -> None:
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PATH", help=text)
+
+
+def _add_force(parser: Parser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace the output file where it exists")
+
+
+def _add_root(parser: Parser) -> None:
+    parser.add_argument("--root", type=Path, metavar="FILE", help="the trust root that must have signed (default: the "
+                        "fleet folder's root/root.msgpack)")  # fmt: skip
+
+
+def _add_broker(parser: Parser) -> None:
+    parser.add_argument("--host", help="the broker's name or address (default: as in the fleet's fleet.toml)")
+    parser.add_argument("--port", type=_port, help="the broker's port (default: as in the fleet's fleet.toml)")
+
+
+def _add_config(parser: Parser) -> None:
+    parser.add_argument("--config", type=Path, default=Path("/etc/fieldfare/aggregator.toml"), metavar="FILE",
+                        help="the aggregator's configuration (default: %(default)s)")  # fmt: skip
+
+
+def _port(text: str) -> int:
+    return _whole(text, 1, 65_535)
+
+
+def _size(text: str) -> int:
+    return _whole(text, 65_536, 256 << 20)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1, 10**9)
+
+
+def _whole(text: str, low: int, high: int) -> int:
+    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

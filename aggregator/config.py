@@ -1,0 +1,103 @@
+"""The aggregator's configuration: one TOML file into frozen structs, with every default, its unit and its reason.
+
+It describes and checks; it never opens a key or a connection.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from shared import config
+from shared.config import ReadableFile, Section
+
+
+class Broker(Section, frozen=True):
+    """`[broker]`: the one connection of the aggregator, MQTT 5 over TLS 1.3 with a client certificate."""
+
+    host: Annotated[str, Meta(min_length=1, max_length=253, description="the broker's host name or address in quotes")]
+    """Must be in the broker's certificate."""
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 8883
+    """The port registered for MQTT over TLS."""
+    ca: ReadableFile = Path("ca.crt")
+    """PEM of the fleet's CA; the broker's certificate must come from it."""
+    cert: ReadableFile = Path("agg-0.crt")
+    """PEM of the certificate named _agg-<shard>."""
+    key: ReadableFile = Path("agg-0.key")
+    """PEM of its private key, readable only by the service."""
+    keepalive: Annotated[int, Meta(ge=5, le=65_535)] = 60
+    """Seconds: a dead link is noticed after one and a half of them."""
+    connect_timeout: Annotated[int, Meta(ge=1, le=300)] = 10
+    """Seconds for TCP and TLS."""
+    message_max: Annotated[int, Meta(ge=65_536, le=268_435_455)] = 64 << 20
+    """Bytes of one message that is taken; the broker's limit applies too where it is lower. MQTT ends at 256 MiB."""
+    prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,3}$")] = "fl"
+    """Of every topic but the models'; the same on devices and in the broker's ACL."""
+
+
+class Trust(Section, frozen=True):
+    """`[trust]`: whose word is taken, and the key that gives ours."""
+
+    root: ReadableFile = Path("root.msgpack")
+    """The fleet's signed root record: it names who may publish."""
+    signing_key: ReadableFile = Path("signing.key")
+    """PEM of the Ed25519 key that signs offers, releases and receipts."""
+    ca: ReadableFile | None = None
+    """PEM of the CA that issues the devices' certificates; by default `broker.ca`."""
+    deny: Path | None = None
+    """Names of denied devices, one a line; read again when it changes. An absent file denies nobody."""
+
+
+class State(Section, frozen=True):
+    """`[state]`: what must survive a restart."""
+
+    directory: Path = Path("/var/lib/fieldfare-aggregator")
+    """Database, weights and the open rounds' keys; made with mode 0700 where it is absent."""
+
+
+class Limits(Section, frozen=True):
+    """`[limits]`: what received messages may cost before they are handled."""
+
+    inbound_messages: Annotated[int, Meta(ge=1, le=100_000)] = 15
+    """Messages; while so many wait, the link is not read."""
+    inbound_bytes: Annotated[int, Meta(ge=1 << 20, le=8 << 30)] = 23 << 20
+    """Bytes, likewise; a single larger message passes alone."""
+
+
+class Log(Section, frozen=True):
+    """`[log]`."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "journal", "json", "console"] = "auto"
+    """auto: the journal under systemd, a console on a terminal, JSON lines elsewhere."""
+
+
+class AggregatorConfig(Section, frozen=True):
+    """All of aggregator.toml; every path in it is absolute once loaded."""
+
+    broker: Broker
+    trust: Trust = Trust()
+    state: State = State()
+    limits: Limits = Limits()
+    log: Log = Log()
+
+    @property
+    def device_ca(self) -> Path:
+        """The CA that issues the devices' certificates."""
+        return self.trust.ca or self.broker.ca
+
+    @property
+    def database(self) -> Path:
+        """The SQLite file."""
+        return self.state.directory / "aggregator.db"
+
+    @property
+    def status_file(self) -> Path:
+        """What the running aggregator says of itself: JSON, for `aggregator status`."""
+        return self.state.directory / "status.json"
+
+
+def load(path: Path, environ: Mapping[str, str] | None = None) -> AggregatorConfig:
+    """The aggregator's settings from `path`, its drop-ins and `environ`; raises ConfigError."""
+    return config.load(path, AggregatorConfig, environ)

@@ -1,0 +1,314 @@
+"""A release file: building one from a PyTorch module, a loss and a task file, and reading one back.
+
+The file is the canonical ReleaseMessage: manifest and release number 0, signed by a publisher, with graphs and weights
+inside. Reading checks all that a device checks. torch is imported only while building, and only by aggregator.export.
+"""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from aggregator import task as task_file
+from shared import graph, identity, layout, signing, tensors, trust, wire
+from shared.errors import ConfigError, ExportError, Reason, RemoteProtocolError
+from shared.messages import (
+    BlobRef,
+    Graphs,
+    Release,
+    ReleaseMessage,
+    Role,
+    Root,
+    Signed,
+    TaskManifest,
+    Use,
+    VerificationKey,
+)
+from shared.opset import OPSET_VERSION
+
+MESSAGE_LIMIT = wire.MESSAGE_MAX
+"""Bytes of a release file unless the caller says otherwise; broker, aggregator and devices have the same default."""
+
+OWN_LOSS = "own"
+"""Instead of a loss: the module computes it, forward(*inputs, target) in train mode."""
+
+UPDATE_OVERHEAD = 32 << 10
+"""Bytes that an update needs beside its numbers."""
+
+RELEASE_MAX = wire.MESSAGE_MAX
+"""Bytes of a release file that are read at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetKeys:
+    """What signs a release and whom it trusts."""
+
+    root: Root
+    publisher: Ed25519PrivateKey
+    aggregator: bytes
+    """Raw Ed25519 public key that may sign this task's offers, later releases and receipts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A release file that was read and found whole."""
+
+    message: ReleaseMessage
+    manifest: TaskManifest
+    release: Release
+    size: int
+    verified: bool
+    """Whether the signatures were checked against a root; else only that the parts belong together."""
+
+    def facts(self) -> dict[str, object]:
+        """What `aggregator release show` prints."""
+        manifest, release = self.manifest, self.release
+        optimizer = {"optimizer": type(manifest.training.optimizer).__name__.lower()} | _fields(
+            manifest.training.optimizer
+        )
+        train = graph.parse(self.message.graphs.train) if self.message.graphs else None
+        parameters = sum(layout.size(one) for one in manifest.layout if one.kind == "parameter")
+        return {
+            "task": manifest.task,
+            "version": manifest.version,
+            "number": release.number,
+            "signatures": "verified" if self.verified else "not checked (no root given)",
+            "signed_by": f"{self.message.release.role} {self.message.release.key.hex()}",
+            "expires": datetime.fromtimestamp(manifest.expires, UTC).isoformat(),
+            "manifest": signing.digest(self.message.manifest),
+            "release": signing.digest(self.message.release),
+            "bytes": self.size,
+            "model": {
+                "parameters": parameters,
+                "tensors": len(manifest.layout),
+                "weights_bytes": release.weights.size,
+                "weights_sha256": release.weights.sha256,
+                "opset": manifest.opset,
+                "train_rows": len(train.rows) if train else None,
+            },
+            "training": optimizer | {k: v for k, v in _fields(manifest.training).items() if k != "optimizer"},
+            "data": {
+                "dataset": manifest.data.dataset,
+                "inputs": [_array(one.name, one.dtype, one.shape, one.classes) for one in manifest.data.inputs],
+                "target": _array(
+                    manifest.data.target.name,
+                    manifest.data.target.dtype,
+                    manifest.data.target.shape,
+                    manifest.data.target.classes,
+                ),
+                "min_examples": manifest.data.min_examples,
+            },
+            "plan": _fields(manifest.plan),
+            "metric": manifest.metric,
+            "clip_max": manifest.privacy.clip_max,
+            "weights": manifest.algorithm.weights,
+            "conditions": _fields(manifest.conditions),
+            "metrics": dict(release.metrics),
+        }
+
+
+def fleet_keys(fleet: Path, passphrase: Callable[[Path], bytes | None]) -> FleetKeys:
+    """The keys in a fleet folder; `passphrase` is asked only where the publisher's key is encrypted."""
+    key = fleet / "publisher" / "publisher.key"
+    secret = passphrase(key) if identity.is_encrypted(key) else None
+    return FleetKeys(
+        root=read_root(fleet / "root" / "root.msgpack"),
+        publisher=identity.load_signing_key(key, secret),
+        aggregator=identity.load_signing_public(fleet / "aggregator" / "signing.pub"),
+    )
+
+
+def read_root(path: Path) -> Root:
+    """The root record in a file; ConfigError where there is none."""
+    try:
+        return trust.open_root(wire.unpack(path.read_bytes(), Signed))
+    except OSError as error:
+        raise ConfigError(
+            str(path), "", f"cannot be read: {error.strerror}; `aggregator fleet init` makes it"
+        ) from None
+    except RemoteProtocolError as error:
+        raise ConfigError(
+            str(path), "", f"is no signed root record ({error}); copy it again from the fleet folder"
+        ) from None
+
+
+def build(
+    model: str, loss: str, task: Path, keys: FleetKeys, *, now: float, limit: int = MESSAGE_LIMIT, seed: int = 0
+) -> bytes:
+    """The bytes of a signed release file.
+
+    `model` names a module as "package.module:attribute" or "file.py:attribute" (an nn.Module's class, instance or a
+    function without arguments that gives one). `loss` is the name of one of aggregator.export's, OWN_LOSS, or names a
+    module of the publisher's in the same way. `seed` fixes the initial weights that PyTorch draws.
+
+    Raises ExportError for a model, loss or size that cannot be released and ConfigError for the task file or the keys.
+    """
+    from aggregator import export
+
+    described = task_file.load(task)
+    with export.seeded(seed):
+        module = export.module(load(model), model)
+        criterion = export.module(load(loss), loss) if ":" in loss else None if loss == OWN_LOSS else loss
+    exported = export.export(module, criterion, described.data.inputs, described.data.target)
+    weights = exported.weights
+    manifest = task_file.manifest(
+        task,
+        described,
+        now=now,
+        opset=OPSET_VERSION,
+        train_graph=hashlib.sha256(exported.train).digest(),
+        eval_graph=hashlib.sha256(exported.eval).digest(),
+        layout=exported.layout,
+        aggregator_keys=[VerificationKey(key=keys.aggregator, uses=[Use.OFFER, Use.RELEASE, Use.RECEIPT])],
+    )
+    manifest_signed = signing.sign(manifest, Role.PUBLISHER, keys.publisher)
+    release = Release(
+        v=1,
+        task=manifest.task,
+        manifest=signing.digest(manifest_signed),
+        number=0,
+        parent=None,
+        weights=BlobRef(sha256=hashlib.sha256(weights).digest(), size=len(weights)),
+        control_variate=None,
+        delta=None,
+        metrics={},
+        privacy_spent=None,
+        restores=None,
+    )
+    message = ReleaseMessage(
+        v=1,
+        manifest=manifest_signed,
+        release=signing.sign(release, Role.PUBLISHER, keys.publisher),
+        graphs=Graphs(train=exported.train, eval=exported.eval),
+        weights=weights,
+    )
+    data = wire.pack(message)
+    # A device's update has the weights' size too, and a head of its own.
+    size = max(len(data), len(weights) + UPDATE_OVERHEAD)
+    if size > limit:
+        raise ExportError(
+            f"the release needs {size} bytes ({len(weights)} of them weights) and one message takes {limit}: make the "
+            "model smaller, or raise --limit together with max_packet_size in mosquitto.conf and message_max in the "
+            "aggregator's and the devices' configuration (releases in several messages are not there yet)"
+        )
+    _accepted_by_a_device(data, keys.root, now)
+    return data
+
+
+def read(data: bytes, root: Root | None = None, now: float | None = None) -> Description:
+    """Check a release file as a device does and describe it; RemoteProtocolError says what does not hold.
+
+    With `root` the signatures are verified, and with `now` (UTC seconds) expiry too; without `root` only the digests
+    that tie the parts together, the graphs and the weights.
+    """
+    message = wire.unpack(data, ReleaseMessage, RELEASE_MAX)
+    if root is None:
+        manifest = wire.unpack(message.manifest.payload, TaskManifest)
+        release = wire.unpack(message.release.payload, Release)
+        if release.task != manifest.task:
+            raise RemoteProtocolError(Reason.WRONG_TASK, f"{release.task} under the manifest of {manifest.task}")
+        if release.manifest != signing.digest(message.manifest):
+            raise RemoteProtocolError(Reason.WRONG_MANIFEST, f"manifest {release.manifest.hex()[:16]}")
+    else:
+        rules = trust.Trust(root)
+        manifest = rules.manifest(message.manifest, 0.0 if now is None else now)
+        release = rules.release(message.release, message.manifest, manifest)
+    if message.graphs is not None:
+        _check_graph(message.graphs.train, "train", manifest.train_graph, manifest)
+        _check_graph(message.graphs.eval, "eval", manifest.eval_graph, manifest)
+    if message.weights is not None:
+        if hashlib.sha256(message.weights).digest() != release.weights.sha256:
+            raise RemoteProtocolError(Reason.WRONG_DIGEST, "the weights are not those that the release names")
+        tensors.load(message.weights, manifest.layout)
+    return Description(message, manifest, release, len(data), verified=root is not None)
+
+
+def load(spec: str) -> object:
+    """The object that "package.module:attribute" or "file.py:attribute" names; a class or function is called.
+
+    This runs the publisher's own code. Raises ExportError naming the line where that code fails.
+    """
+    place, _, attribute = spec.rpartition(":")
+    if not place or not attribute:
+        raise ExportError(f"{spec!r} names nothing; write package.module:attribute or file.py:attribute")
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        found: object = functools.reduce(getattr, attribute.split("."), module)
+        if isinstance(found, type | functools.partial) or inspect.isroutine(found):
+            return found()
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        NameError,
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ExportError(f"{spec}: {type(error).__name__}: {error}{_where(error)}") from None
+    return found
+
+
+def _from_file(path: Path) -> object:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    name = f"_release_{path.stem}"
+    described = importlib.util.spec_from_file_location(name, path)
+    if described is None or described.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(described)
+    # Dataclasses and pickling in the publisher's file look their module up here; files beside it can be imported.
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        described.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module
+
+
+def _where(error: BaseException) -> str:
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename != __file__]
+    own = [one for one in frames if not one.filename.startswith("<frozen")]
+    return f" ({Path(own[-1].filename).name} line {own[-1].lineno})" if own else ""
+
+
+def _check_graph(data: bytes, kind: graph.Kind, digest: bytes, manifest: TaskManifest) -> None:
+    if hashlib.sha256(data).digest() != digest:
+        raise RemoteProtocolError(Reason.WRONG_DIGEST, f"the {kind} graph is not the one that the manifest names")
+    graph.check(graph.parse(data), kind, manifest.layout, manifest.data.inputs, manifest.data.target)
+
+
+def _accepted_by_a_device(data: bytes, root: Root, now: float) -> None:
+    try:
+        read(data, root, now)
+    except RemoteProtocolError as error:
+        match error.reason:
+            case Reason.UNKNOWN_KEY:
+                advice = "the fleet's root record does not name this publisher key"
+            case Reason.EXPIRED:
+                advice = "the publisher's key has expired in the fleet's root record"
+            case _:
+                advice = "devices would refuse this release"
+        raise ExportError(f"{advice} ({error})") from None
+
+
+def _fields(struct: object) -> dict[str, object]:
+    return {name: getattr(struct, name) for name in getattr(struct, "__struct_fields__", ())}
+
+
+def _array(name: str, dtype: str, shape: list[int], classes: int) -> str:
+    return f"{name} {dtype}{shape}" + (f" below {classes}" if classes else "")

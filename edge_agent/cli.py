@@ -1,0 +1,195 @@
+"""The `edge-agent` command: the daemon, and what its owner may ask it.
+
+Each command imports what it needs when it runs. Nothing is decided here beyond what options mean.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from shared import cli
+from shared.cli import Exit, Parser, show
+
+if TYPE_CHECKING:
+    from edge_agent.config import AgentConfig
+
+DEFAULT_CONFIG = Path("/etc/fieldfare/agent.toml")
+PAUSE_MAX = 365 * 86_400.0
+"""Seconds."""
+
+_DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    command: Command = options.command
+    return cli.guarded("edge-agent", lambda: command(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    from edge_agent import service
+
+    service.run(_config(options))
+    return Exit.OK
+
+
+def _status(options: argparse.Namespace) -> int:
+    return _asked(options, "status")
+
+
+def _pause(options: argparse.Namespace) -> int:
+    return _asked(options, "pause", options.seconds)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    return _asked(options, "resume")
+
+
+def _asked(
+    options: argparse.Namespace, verb: Literal["status", "pause", "resume"], seconds: float | None = None
+) -> int:
+    from edge_agent import control
+
+    answer = control.ask(_config(options).device.run_dir, control.Request(verb, seconds))
+    show(answer, options.json)
+    return Exit.OK
+
+
+def _config_check(options: argparse.Namespace) -> int:
+    from shared import config
+
+    show(config.effective(_config(options)), options.json)
+    return Exit.OK
+
+
+def _config(options: argparse.Namespace) -> "AgentConfig":
+    from edge_agent import config
+
+    return config.load(options.config, os.environ)
+
+
+# -- options -----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="edge-agent",
+        description="Take part in training a fleet's models with the data of this device, which never leave it.",
+        examples=(
+            "edge-agent run --config agent.toml",
+            "edge-agent status",
+            "edge-agent pause --for 2h",
+        ),
+    )
+    cli.add_version(parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    one = _command(
+        commands,
+        "run",
+        _run,
+        "run the agent",
+        "Run the agent in the foreground until SIGTERM or SIGINT; under systemd this is edge-agent.service.",
+        "edge-agent run --config agent.toml",
+    )
+    _add_config(one)
+
+    one = _command(
+        commands,
+        "status",
+        _status,
+        "say what the running agent is doing",
+        "Ask the running agent for its link, its releases, its training and what keeps it from training.",
+        "edge-agent status",
+        "edge-agent status --json",
+    )
+    _add_config(one)
+    cli.add_json(one)
+
+    one = _command(
+        commands,
+        "pause",
+        _pause,
+        "train no more until resumed",
+        "Tell the running agent to stop training and to stay paused, also after a restart, until the time is over or "
+        "`edge-agent resume`.",
+        "edge-agent pause",
+        "edge-agent pause --for 2h",
+    )
+    one.add_argument(
+        "--for",
+        dest="seconds",
+        type=_duration,
+        metavar="TIME",
+        help="for so long, such as 90s, 30m, 2h, 1d (default: until `edge-agent resume`)",
+    )
+    _add_config(one)
+    cli.add_json(one)
+
+    one = _command(
+        commands,
+        "resume",
+        _resume,
+        "end a pause",
+        "Tell the running agent that it may train again.",
+        "edge-agent resume",
+    )
+    _add_config(one)
+    cli.add_json(one)
+
+    group = commands.add_parser("config", help="look at the configuration", description="Look at the configuration.")
+    one = _command(
+        group.add_subparsers(title="commands", metavar="COMMAND", required=True),
+        "check",
+        _config_check,
+        "check the configuration and print all of it",
+        "Read the configuration as the agent would, with its drop-ins and FIELDFARE_SECTION__KEY variables, and print "
+        "every setting, defaults included. An exit code of 78 means that it is wrong; the line says where.",
+        "edge-agent config check --config agent.toml",
+    )
+    _add_config(one)
+    cli.add_json(one)
+    return parser
+
+
+def _command(
+    group: "argparse._SubParsersAction[Parser]",
+    name: str,
+    command: Command,
+    text: str,
+    description: str,
+    *examples: str,
+) -> Parser:
+    parser = group.add_parser(name, help=text, description=description, examples=examples)
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_config(parser: Parser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="the agent's configuration (default: %(default)s)",
+    )
+
+
+def _duration(text: str) -> float:
+    found = _DURATION.fullmatch(text)
+    seconds = float(int(found[1]) * _UNITS[found[2]]) if found else 0.0
+    if not 0 < seconds <= PAUSE_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90s, 30m, 2h or 1d, at most 365d")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

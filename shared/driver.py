@@ -12,23 +12,11 @@ import collections
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from shared.errors import RemoteProtocolError
-
-
-@dataclass(frozen=True, slots=True)
-class Instant:
-    """One moment on both clocks: `mono` counts steadily and means nothing elsewhere, `utc` is Unix time."""
-
-    mono: float
-    utc: float
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """The machine's deadline has come."""
+from shared.machine import Instant as Instant
+from shared.machine import Tick as Tick
 
 
 def read_clock() -> Instant:
@@ -124,19 +112,14 @@ class Driver(Generic[E, F]):
 
     def __init__(self, mailbox: Mailbox[E], machine: Machine[E | Tick, F], shell: Shell[E | Tick, F]) -> None:
         self._mailbox, self._machine, self._shell = mailbox, machine, shell
-        self._stopping = False
+        self.stopping = False
 
     def stop(self) -> None:
-        """Leave the loop after the batch in hand; to be called by the owner thread."""
-        self._stopping = True
-
-    def run(self, longest_wait: float) -> None:
-        """Work until stopped, waking at least every `longest_wait` seconds (for the watchdog)."""
-        while not self._stopping:
-            self.turn(longest_wait)
+        """Take no further batch; to be called by the owner thread."""
+        self.stopping = True
 
     def turn(self, longest_wait: float) -> None:
-        """One batch."""
+        """One batch, after at most `longest_wait` seconds (for the watchdog)."""
         due = self._machine.deadline
         wait = longest_wait if due is None else min(longest_wait, max(0.0, due - read_clock().mono))
         batch: list[E | Tick] = list(self._mailbox.take(wait))

@@ -39,9 +39,10 @@ install_packages() {
     say "installing by apt: $*"
     "${as_root[@]}" apt-get update -qq
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" </dev/null
-    # Debian starts and enables a broker on port 1883 with the package. Only the program is wanted here.
+    # Debian enables and starts a broker on port 1883 with the package. Only the program is wanted here.
     if [[ " $* " == *" mosquitto "* ]] && command -v systemctl >/dev/null; then
-        "${as_root[@]}" systemctl --quiet disable --now mosquitto.service || say "note: could not disable mosquitto.service"
+        "${as_root[@]}" systemctl --quiet disable mosquitto.service 2>/dev/null || true
+        [ ! -d /run/systemd/system ] || "${as_root[@]}" systemctl stop mosquitto.service
     fi
 }
 

@@ -4,6 +4,7 @@ The child is for demo and tests; a fleet's broker is a service of its own. Nothi
 """
 
 import os
+import random
 import re
 import shutil
 import socket
@@ -76,9 +77,14 @@ def render(settings: Settings) -> dict[str, str]:
 
 def free_port() -> int:
     """A TCP port of the loopback address that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
+    # Below the range that systems take for outgoing connections: one of those could hold it when the broker comes back.
+    for port in random.sample(range(20_000, 32_000), 100):
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
         return port
+    raise LinkError("no free TCP port between 20000 and 32000 on 127.0.0.1")
 
 
 class Broker:

@@ -45,6 +45,7 @@ BROKER_NAME = "_broker"
 _EARLIER = timedelta(days=2)
 """Certificates are valid from before they were made: the clock of a device that was long without power is behind."""
 
+_SERVICE = re.compile(r"_[a-z]{1,32}(-[0-9]{1,5})?")
 _HOST = re.compile(r"[A-Za-z0-9._:-]{1,253}")
 _ARCHIVE = "bundle.tar.gz"
 _PUBLIC, _PRIVATE = 0o644, 0o600
@@ -191,12 +192,12 @@ def add_device(
     Raises ConfigError, for instance when the device has a certificate already, unless `again`.
     """
     if not is_name(name):
-        raise ConfigError("device", "name", f"{name!r:.80} is not 1-63 of a-z 0-9 - beginning with a letter or digit")
+        raise _bad_name("device", name)
     if days < 1:
         raise ConfigError("device", "days", "must be at least 1")
     _absent(out)
     fleet = read_fleet(directory)
-    authority = _open_authority(directory, passphrase)
+    authority = open_authority(directory, passphrase)
     born = datetime.fromtimestamp(now, UTC)
     if authority.certificate.not_valid_after_utc <= born:
         raise ConfigError(str(directory / "ca" / "ca.crt"), "", "has expired: make a new fleet")
@@ -222,10 +223,25 @@ def add_device(
     return out
 
 
+def open_authority(directory: Path, passphrase: bytes | None) -> Authority:
+    """The CA of a fleet's folder, ready to issue; raises ConfigError."""
+    certificate = identity.load_certificate(directory / "ca" / "ca.crt")
+    key = identity.load_key(directory / "ca" / "ca.key", passphrase)
+    if key.public_key() != certificate.public_key():
+        raise ConfigError(str(directory / "ca" / "ca.key"), "", "is not the key of ca.crt beside it")
+    return Authority(certificate, key)
+
+
 def issue_client(
     authority: Authority, name: str, public: ec.EllipticCurvePublicKey, born: datetime, days: int
 ) -> x509.Certificate:
-    """A certificate for the client `name`, which is also its alternative name (a DNS name: it takes an underscore)."""
+    """A certificate for the client `name`, which is also its alternative name (a DNS name: it takes an underscore).
+
+    Raises ConfigError for a name that is neither a device's nor a service's. This is the only guard against a slash in
+    a name: mosquitto keeps wildcards out of the ACL's patterns, but puts `dev-1/cmd` into them as it is.
+    """
+    if not is_name(name) and not _SERVICE.fullmatch(name):
+        raise _bad_name("client", name)
     return _issue(authority, name, [x509.DNSName(name)], public, ExtendedKeyUsageOID.CLIENT_AUTH, born, days)
 
 
@@ -286,14 +302,6 @@ def _authority(name: str, born: datetime, days: int) -> Authority:
     return Authority(certificate, key)
 
 
-def _open_authority(directory: Path, passphrase: bytes | None) -> Authority:
-    certificate = identity.load_certificate(directory / "ca" / "ca.crt")
-    key = identity.load_key(directory / "ca" / "ca.key", passphrase)
-    if key.public_key() != certificate.public_key():
-        raise ConfigError(str(directory / "ca" / "ca.key"), "", "is not the key of ca.crt beside it")
-    return Authority(certificate, key)
-
-
 def _subject(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
@@ -338,6 +346,10 @@ def _check(directory: Path, fleet: Fleet, passphrase: bytes | None, days: Days) 
     if passphrase == b"":
         raise ConfigError(where, "passphrase", "is empty; say that you want none, or give one")
     _absent(directory)
+
+
+def _bad_name(what: str, name: str) -> ConfigError:
+    return ConfigError(what, "name", f"{name!r:.80} is not 1-63 of a-z 0-9 - beginning with a letter or digit")
 
 
 def _absent(path: Path) -> None:

@@ -1,0 +1,34 @@
+"""Fixtures of the tests that talk to a real mosquitto: one fleet for the session, one fresh broker for each module."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from aggregator.broker import Broker
+from tests.broker.broker import Fleet, make_fleet
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test of this folder needs the broker."""
+    for item in items:
+        if "tests/broker/" in item.path.as_posix():
+            item.add_marker(pytest.mark.broker)
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A fleet's folder; its broker does not run yet."""
+    if shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin") is None:
+        pytest.skip("needs mosquitto: sudo apt-get install mosquitto")
+    made = make_fleet(tmp_path_factory.mktemp("site"))
+    yield made
+    made.broker.kill()
+
+
+@pytest.fixture(scope="module")
+def broker(fleet: Fleet) -> Iterator[Broker]:
+    """The fleet's broker, running and empty at first; a test that stops or kills it starts it again."""
+    fleet.fresh_broker()
+    yield fleet.broker
+    fleet.broker.stop()

@@ -90,6 +90,6 @@ def test_code_comes_from_the_wheel(installed: Installed, tmp_path: Path) -> None
 
 def test_installed_command_makes_a_fleet(installed: Installed, tmp_path: Path) -> None:
     """`aggregator fleet init` finds its broker templates in the wheel and renders them."""
-    ran = installed.run("aggregator", "fleet", "init", "fleet", "--no-passphrase", cwd=tmp_path)
+    ran = installed.run("aggregator", "fleet", "init", "fleet", "--host", "localhost", "--no-passphrase", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "fleet" / "broker" / "mosquitto.conf").is_file()

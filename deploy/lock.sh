@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 LOCK=requirements/lock.txt
+trap 'rm -f "$LOCK.new" "$LOCK.log"' EXIT
 
 {
     echo "# Made by \`make lock\` from pyproject.toml; do not edit. Python 3.11 and newer, Linux."
@@ -26,4 +27,3 @@ for wrong in '^nvidia-|^cuda-|^triton' '://' '^torch='; do
     fi
 done
 mv "$LOCK.new" "$LOCK"
-rm -f "$LOCK.log"

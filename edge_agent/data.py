@@ -191,7 +191,7 @@ def _csv(path: Path, contract: DataContract) -> tuple[Array, ...]:
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line number counted from 1, fields) of every line after the header that is not empty."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream)
+        reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, None)
             if header is None or all(map(_is_number, header)):
@@ -200,7 +200,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
                 if fields:
                     yield reader.line_num, fields
         except (csv.Error, UnicodeDecodeError) as error:
-            raise _bad(path, f"line {reader.line_num + 1}: not text in CSV form ({type(error).__name__})") from None
+            raise _bad(path, f"near line {reader.line_num}: not text in CSV form ({type(error).__name__})") from None
 
 
 def _is_number(field: str) -> bool:

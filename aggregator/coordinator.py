@@ -9,14 +9,14 @@ socket, a disk or a clock, and it never sees an update's numbers: those pass fro
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, assert_never
+from typing import assert_never
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator.round import Round
-from shared import signing, tensors
-from shared.driver import Instant, Tick
+from shared import events, signing, tensors
 from shared.errors import LocalProtocolError, Reason, RemoteProtocolError
+from shared.machine import Instant, Tick
 from shared.messages import (
     BlobRef,
     DeviceStatus,
@@ -35,7 +35,7 @@ from shared.messages import (
     UpdateHead,
 )
 from shared.selection import draw, threshold
-from shared.trust import Position, Trust, advance, parts
+from shared.trust import Position, Trust, advance, model
 
 STATUS_AGE_MAX = 13 * 3600
 """Seconds after which a device's word about itself no longer counts."""
@@ -72,8 +72,11 @@ class HeadReceived:
     digest: bytes
     head: UpdateHead
     context: UpdateContext
-    message: bytes
-    """The signed head and its signature, as stored for a rebuilt fold."""
+    signed: bytes
+    """The head's bytes, which `signature` covers and `digest` names."""
+    signature: bytes
+    body: bytes
+    """Its ciphertext."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,6 @@ Event = (
 class AdoptRelease:
     """A publisher's manifest and release 0: store both with graphs and weights."""
 
-    event: ClassVar[str] = "release.adopted"
     message: ReleaseMessage
     manifest: TaskManifest
     release: Release
@@ -139,7 +141,6 @@ class AdoptRelease:
 class PublishRelease:
     """Put the newest release of a task where devices find it; `announce` it to people too."""
 
-    event: ClassVar[str] = "release.published"
     task: str
     number: int
     announce: bool
@@ -149,7 +150,6 @@ class PublishRelease:
 class OpenRound:
     """Store the round with its key and signed offer in one step, then publish the offer."""
 
-    event: ClassVar[str] = "round.opened"
     manifest_version: int
     offer: RoundOffer
     signed: Signed
@@ -159,15 +159,15 @@ class OpenRound:
 
 @dataclass(frozen=True, slots=True)
 class ReviseRound:
-    """Store a re-issued offer, then publish it; `state` is the round's in the store."""
+    """Store a re-issued offer, then publish it; `state` is the round's in the store, `told` the event if it is one."""
 
-    event: ClassVar[str] = "round.revised"
     manifest_version: int
     offer: RoundOffer
     signed: Signed
     state: str
     extensions: int
     updates: int
+    told: events.Event | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,6 @@ class Open:
 class Contribute:
     """Record an accepted update, then add it to the fold."""
 
-    event: ClassVar[str] = "update.accepted"
     received: HeadReceived
     body: PlainBody
     manifest_version: int
@@ -206,7 +205,6 @@ class Contribute:
 class Refuse:
     """An update that does not count: forget its numbers and say why."""
 
-    event: ClassVar[str] = "update.rejected"
     received: HeadReceived
     outcome: Outcome
     reason: Reason
@@ -242,7 +240,6 @@ class Reduce:
 class StoreRelease:
     """Record the new release and its round's end together, then erase the round's key and bodies."""
 
-    event: ClassVar[str] = "round.closed"
     manifest_version: int
     round_number: int
     release: Release
@@ -255,7 +252,6 @@ class StoreRelease:
 class AbandonRound:
     """Record that a round ended without a release (`how`), then erase its key and bodies."""
 
-    event: ClassVar[str] = "round.abandoned"
     task: str
     manifest_version: int
     number: int
@@ -266,7 +262,6 @@ class AbandonRound:
 class FinishTask:
     """Every round of the plan is done."""
 
-    event: ClassVar[str] = "task.finished"
     task: str
     rounds: int
 
@@ -305,6 +300,8 @@ class Task:
     round: Round | None = None
     """The open round; None while waiting, reducing or finished."""
     closing: Round | None = None
+    previous_weights: bytes | None = None
+    """Name of the weights that the newest release replaced."""
 
     @property
     def phase(self) -> str:
@@ -400,7 +397,8 @@ class Coordinator:
             raise RemoteProtocolError(Reason.ROLLBACK, f"release {release.number} of a manifest that is not known here")
         if all(key.key != self.public_key for key in manifest.aggregator_keys):
             raise RemoteProtocolError(Reason.UNKNOWN_KEY, "the manifest names other aggregators than this one")
-        check_model(message, manifest, release)
+        _, weights = model(message, manifest, release)
+        tensors.load(weights, manifest.layout)
         effects: list[Effect] = []
         if task is not None:
             effects += self._abandon(task, "superseded")
@@ -432,7 +430,7 @@ class Coordinator:
             wider = current.wider(self.eligible(task.manifest, now))
             if wider > current.participation:
                 current.participation = wider
-                effects += self._revise(task, participation=wider)
+                effects += self._revise(task, participation=wider, told=events.Event.ROUND_WIDENED)
         return effects
 
     # -- rounds --
@@ -480,6 +478,7 @@ class Coordinator:
         deadline: int | None = None,
         state: OfferState = OfferState.OPEN,
         stored: str = "open",
+        told: events.Event | None = None,
     ) -> list[Effect]:
         before = task.offer
         if before is None:
@@ -503,7 +502,7 @@ class Coordinator:
         task.offer, task.offer_signed = offer, self.sign(offer)
         updates = len(current.accepted) if current is not None else 0
         extensions = current.extensions if current is not None else 0
-        return [ReviseRound(task.manifest.version, offer, task.offer_signed, stored, extensions, updates)]
+        return [ReviseRound(task.manifest.version, offer, task.offer_signed, stored, extensions, updates, told)]
 
     def _deadlines(self, now: Instant) -> list[Effect]:
         effects: list[Effect] = []
@@ -515,7 +514,7 @@ class Coordinator:
                 effects += self._close(task)
             else:
                 seconds = current.extend(now.mono)
-                effects += self._revise(task, deadline=int(now.utc + seconds))
+                effects += self._revise(task, deadline=int(now.utc + seconds), told=events.Event.ROUND_EXTENDED)
         return effects
 
     def _close(self, task: Task) -> list[Effect]:
@@ -543,6 +542,7 @@ class Coordinator:
             restores=None,
         )
         signed = self.sign(release)
+        task.previous_weights = task.release.weights.sha256
         task.release, task.release_signed, task.closing = release, signed, None
         updates, seconds = len(closed.accepted), now.utc - closed.opened
         effects: list[Effect] = [
@@ -629,15 +629,6 @@ class Coordinator:
             reason=reason,
         )
         return Reply(context.device, self.sign(receipt))
-
-
-def check_model(message: ReleaseMessage, manifest: TaskManifest, release: Release) -> None:
-    """Refuse a release whose graphs or weights are not what was signed, or not what the rules for models allow."""
-    graphs, weights = parts(message, manifest, release)
-    if manifest.opset != OPSET_VERSION:
-        raise RemoteProtocolError(Reason.UNSUPPORTED, f"op-set {manifest.opset}, this aggregator knows {OPSET_VERSION}")
-    check_graphs(graphs, manifest)
-    tensors.load(weights, manifest.layout)
 
 
 def signer(private: Ed25519PrivateKey) -> Callable[[RoundOffer | Release | Receipt], Signed]:

@@ -9,9 +9,10 @@ This module must never know what a message or a round is.
 """
 
 import collections
+import signal
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from shared.errors import RemoteProtocolError
@@ -141,3 +142,14 @@ class Driver(Generic[E, F]):
                     self._shell.refused(event, error)
             self._shell.commit(effects)
             events = [found for effect in effects for found in self._shell.perform(effect)]
+
+
+def on_termination(post: Callable[[int], None]) -> None:
+    """Call `post` with the number of every SIGTERM and SIGINT from here on."""
+
+    def received(number: int, _frame: object) -> None:
+        # A signal handler runs inside the owner thread, which may hold the mailbox just then.
+        threading.Thread(target=post, args=(number,)).start()
+
+    signal.signal(signal.SIGTERM, received)
+    signal.signal(signal.SIGINT, received)

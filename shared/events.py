@@ -44,6 +44,9 @@ class Event(StrEnum):
     ROUND_WIDENED = "round.widened"
     ROUND_EXTENDED = "round.extended"
     ROUND_CLOSED = "round.closed"
+    ROUND_ABANDONED = "round.abandoned"
+    FOLD_REBUILT = "fold.rebuilt"
+    PUBLISH_REFUSED = "publish.refused"
     UPDATE_ACCEPTED = "update.accepted"
     UPDATE_REJECTED = "update.rejected"
     RELEASE_PUBLISHED = "release.published"
@@ -57,12 +60,13 @@ _LEVELS: Mapping[Event, str] = {
     Event.MESSAGE_REFUSED: "warning",
     Event.CLOCK_JUMPED: "warning",
     Event.TRAINER_DIED: "warning",
-    Event.TRAINER_SAID: "debug",
     Event.TRAINING_FAILED: "error",
     Event.TRAINING_PROGRESSED: "debug",
     Event.ROUND_SKIPPED: "debug",
     Event.ROUND_EXTENDED: "warning",
     Event.UPDATE_REJECTED: "warning",
+    Event.ROUND_ABANDONED: "warning",
+    Event.PUBLISH_REFUSED: "error",
     Event.DEVICE_SEEN: "debug",
     Event.DEVICE_LOST: "debug",
 }

@@ -17,8 +17,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
+from shared import wire
 from shared.errors import ConfigError, Reason, RemoteProtocolError
+from shared.messages import Root, Signed
 from shared.topics import is_name
+from shared.trust import open_root
 
 CERTIFICATE_MAX = 4096
 """Bytes of a certificate in DER that are parsed at all."""
@@ -128,6 +131,14 @@ def load_signing_public(path: Path) -> bytes:
     if not isinstance(key, ed25519.Ed25519PublicKey):
         raise ConfigError(str(path), "", f"holds {type(key).__name__}, not an Ed25519 public key; name the .pub file")
     return key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+
+
+def load_root(path: Path) -> Root:
+    """The fleet's root record that this machine pins."""
+    try:
+        return open_root(wire.unpack(_read(path), Signed, 1 << 20))
+    except RemoteProtocolError as error:
+        raise ConfigError(str(path), "", f"is not a fleet's root record ({error})") from None
 
 
 def is_encrypted(path: Path) -> bool:

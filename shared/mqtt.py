@@ -181,7 +181,7 @@ class Link:
         self._client.unsubscribe(list(filters))
 
     def publish(self, topic: str, payload: bytes | bytearray, *, qos: int = 1, retain: bool = False) -> int:
-        """Send a message; its id comes back in `Published`. LinkError if it is above the broker's limit or too many wait."""
+        """Send a message; its id comes back in `Published`. LinkError above the broker's limit or if too many wait."""
         size = len(payload) + len(topic) + 64
         if self._packet_max is not None and size > self._packet_max:
             raise LinkError(

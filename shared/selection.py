@@ -15,6 +15,11 @@ def draw(task: str, manifest_version: int, round_number: int, device: str) -> in
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
+def shard(device: str, shards: int) -> int:
+    """The shard whose session owns a device's uploads."""
+    return int.from_bytes(hashlib.sha256(f"fieldfare/v1/shard\0{device}".encode()).digest()[:4], "big") % shards
+
+
 def threshold(draws: Iterable[int], want: int) -> int:
     """The participation that admits `want` of these draws; everyone if there are no more than that."""
     ordered = sorted(draws)

@@ -112,10 +112,5 @@ def parse_task(topic: str, word: str) -> str:
     return parts[1]
 
 
-def shard_of(device_hash: int, shards: int) -> int:
-    """The shard whose session owns a device's uploads."""
-    return device_hash % shards
-
-
 def _bad(topic: str) -> RemoteProtocolError:
     return RemoteProtocolError(Reason.TOPIC, f"no such topic: {topic!r:.120}")

@@ -10,7 +10,7 @@ another digest is equivocation. `Position` says which of the three a record is.
 from dataclasses import dataclass
 from hashlib import sha256
 
-from shared import signing, wire
+from shared import graph, signing, wire
 from shared.errors import Reason, RemoteProtocolError
 from shared.messages import (
     Graphs,
@@ -25,6 +25,7 @@ from shared.messages import (
     TaskManifest,
     Use,
 )
+from shared.opset import OPSET_VERSION
 
 
 def open_root(signed: Signed) -> Root:
@@ -84,15 +85,23 @@ def receipt(signed: Signed, manifest: TaskManifest) -> Receipt:
     return found
 
 
-def parts(message: ReleaseMessage, manifest: TaskManifest, release: Release) -> tuple[Graphs, bytes]:
-    """The graphs and weights of a whole release, each hashed against what was signed."""
+def model(message: ReleaseMessage, manifest: TaskManifest, release: Release) -> tuple[Graphs, bytes]:
+    """The graphs and weights of a whole release: as signed, and the graphs as the rules for models allow.
+
+    The weights are hashed, not looked into (that takes numpy; see shared.tensors).
+    """
     if message.graphs is None or message.weights is None:
         raise RemoteProtocolError(Reason.MISSING_PART, f"release {release.number} without its graphs or weights")
+    if manifest.opset != OPSET_VERSION:
+        raise RemoteProtocolError(Reason.UNSUPPORTED, f"op-set {manifest.opset}, this program knows {OPSET_VERSION}")
     graphs, weights = message.graphs, message.weights
     if sha256(graphs.train).digest() != manifest.train_graph or sha256(graphs.eval).digest() != manifest.eval_graph:
         raise RemoteProtocolError(Reason.WRONG_DIGEST, "a graph is not the one that the manifest was signed for")
     if len(weights) != release.weights.size or sha256(weights).digest() != release.weights.sha256:
         raise RemoteProtocolError(Reason.WRONG_DIGEST, "the weights are not the ones that the release was signed for")
+    data = manifest.data
+    graph.check(graph.parse(graphs.train), "train", manifest.layout, data.inputs, data.target)
+    graph.check(graph.parse(graphs.eval), "eval", manifest.layout, data.inputs, data.target)
     return graphs, weights
 
 

@@ -1,0 +1,665 @@
+"""The aggregator's shell: decodes what the link brings, carries out what the coordinator decides, keeps it on disk.
+
+One owner thread (shared.driver). Order of every decision: blobs and key files, then one database transaction, then
+publishing, receipts and the fold, then the acknowledgement to the broker. kill -9 anywhere leaves rows and blobs from
+which the next start continues.
+"""
+
+import collections
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import assert_never
+
+from aggregator import coordinator as core
+from aggregator import validate
+from aggregator.config import AggregatorConfig
+from aggregator.coordinator import Coordinator, Effect, Task
+from aggregator.fold import Fold, Vector
+from aggregator.round import Round
+from aggregator.store import Blobs, Contribution, Store, StoredTask
+from shared import codec, identity, logs, sealing, signing, systemd, tensors, wire
+from shared.driver import Driver, Mailbox, on_termination, read_clock
+from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, RemoteProtocolError
+from shared.events import Event
+from shared.files import write_durably
+from shared.layout import FLOATING, size
+from shared.logs import tell
+from shared.machine import Instant, Tick
+from shared.messages import (
+    AggregatorStatus,
+    BlobRef,
+    DeviceStatus,
+    Graphs,
+    Outcome,
+    PlainBody,
+    Release,
+    ReleaseMessage,
+    RoundOffer,
+    TaskManifest,
+    UpdateContext,
+    UpdateHead,
+    UpdateMessage,
+    Version,
+)
+from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will
+from shared.topics import RELEASE, Topics, shard_client, task_release, task_round
+from shared.trust import Trust
+from shared.version import VERSION
+
+SHARD = 0
+_HEARTBEAT = 30.0
+"""Seconds after which the owner loop turns though nothing happens; the watchdog may ask for less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A signal asked the daemon to end."""
+
+    signal: int
+
+
+ServiceEvent = LinkEvent | core.Event | Stop
+
+
+class Service:
+    """Machine and shell of the daemon: `handle` decodes and asks the coordinator, the rest carries out."""
+
+    def __init__(self, config: AggregatorConfig, now: Instant) -> None:
+        self._config = config
+        state = Path(config.state.directory)
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._state = state
+        self._keys = state / "keys"
+        self._keys.mkdir(mode=0o700, exist_ok=True)
+        self._lock = _alone(state / "lock")
+        self._store, self._blobs = Store(state / "aggregator.db"), Blobs(state / "blobs")
+        self._ca = identity.load_certificates(config.device_ca)
+        self._topics = Topics(config.broker.prefix)
+        private = identity.load_signing_key(Path(config.trust.signing_key))
+        trust = Trust(identity.load_root(Path(config.trust.root)))
+        self._coordinator = Coordinator(
+            trust,
+            core.signer(private),
+            sealing.generate,
+            signing.public_bytes(private),
+        )
+        self._folds: dict[tuple[str, int, int], Fold] = {}
+        self._opened: dict[bytes, Vector] = {}
+        self._recorded: set[bytes] = set()
+        self._deny = _DenyList(Path(config.trust.deny) if config.trust.deny else None)
+        for stored in self._store.tasks():
+            self._coordinator.tasks[stored.name] = _restore(stored, now)
+        self._sweep()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._refused: collections.Counter[str] = collections.Counter()
+        self._started, self._greeted = now, False
+        self._session = os.urandom(8)
+        self.mailbox: Mailbox[ServiceEvent] = Mailbox(config.limits.inbound_messages, config.limits.inbound_bytes)
+        self._link = Link(
+            LinkSettings(
+                host=config.broker.host,
+                port=config.broker.port,
+                client_id=shard_client(SHARD),
+                ca=Path(config.broker.ca),
+                cert=Path(config.broker.cert),
+                key=Path(config.broker.key),
+                keepalive=config.broker.keepalive,
+                connect_timeout=config.broker.connect_timeout,
+                message_max=config.broker.message_max,
+                durable=True,
+            ),
+            self.mailbox,
+            Will(self._topics.aggregator_status(SHARD), self._presence(online=False)),
+        )
+        self._driver: Driver[ServiceEvent, Effect] = Driver(self.mailbox, self, self)
+        self._shown: dict[str, object] = {}
+        self._manager = systemd.ServiceManager(os.environ)
+
+    def run(self) -> None:
+        """Work until a signal says stop."""
+        wait = min(_HEARTBEAT, self._manager.watchdog or _HEARTBEAT)
+        self._link.start()
+        self._manager.ready()
+        self._manager.status("connecting to the broker")
+        tell(Event.DAEMON_STARTED, version=VERSION, tasks=sorted(self._coordinator.tasks))
+        try:
+            while not self._driver.stopping:
+                self._driver.turn(wait)
+                self._show()
+                if self._link.alive:
+                    self._manager.alive()
+        finally:
+            self._manager.stopping()
+            if self._link.connected:
+                self._link.publish(
+                    self._topics.aggregator_status(SHARD), self._presence(online=False), retain=True, qos=0
+                )
+            self._link.stop()
+            self.mailbox.close()
+            self._store.close()
+            (self._state / "status.json").unlink(missing_ok=True)
+        tell(Event.DAEMON_STOPPED)
+
+    # -- the machine's side ------------------------------------------------------------------------------------
+
+    @property
+    def deadline(self) -> float | None:
+        """The coordinator's."""
+        return self._coordinator.deadline
+
+    def handle(self, event: ServiceEvent | Tick, now: Instant) -> list[Effect]:
+        """Decode what is still bytes, then let the coordinator decide."""
+        match event:
+            case Message():
+                decoded = self._decode(event)
+                return [] if decoded is None else self._coordinator.handle(decoded, now)
+            case LinkUp():
+                return self._link_up(event, now)
+            case LinkDown(cause=cause):
+                tell(Event.LINK_DOWN, cause=cause)
+                return []
+            case LinkBroken(cause=cause):
+                raise LocalProtocolError(f"the network thread failed: {cause}")
+            case Published(refusal=refusal):
+                if refusal:
+                    self._count("publish_refused")
+                    tell(Event.PUBLISH_REFUSED, cause=refusal)
+                return []
+            case Stop():
+                self._driver.stop()
+                return []
+            case _:
+                return self._coordinator.handle(event, now)
+
+    def _link_up(self, event: LinkUp, now: Instant) -> list[Effect]:
+        fresh = not (event.session_present and self._greeted)
+        self._greeted = True
+        tell(Event.LINK_UP, session_present=event.session_present, packet_max=event.packet_max)
+        self._link.subscribe(RELEASE, self._topics.uploads(SHARD), self._topics.device_status("+"))
+        self._link.publish(self._topics.aggregator_status(SHARD), self._presence(online=True), retain=True)
+        return self._coordinator.handle(core.LinkReady(fresh), now)
+
+    def _decode(self, message: Message) -> core.Event | None:
+        limit = self._config.broker.message_max
+        if len(message.payload) > limit:
+            raise RemoteProtocolError(Reason.TOO_LARGE, f"{len(message.payload)} bytes, the limit is {limit}")
+        if message.topic == RELEASE:
+            if not message.payload:
+                return None  # somebody cleared the retained release; the fleet keeps what it has
+            return core.ReleaseReceived(wire.unpack(message.payload, ReleaseMessage, limit))
+        if message.topic.startswith(f"{self._topics.prefix}/dev/"):
+            device = self._topics.parse_device_status(message.topic)
+            if not message.payload:
+                return core.StatusReceived(device, None)
+            return core.StatusReceived(device, wire.unpack(message.payload, DeviceStatus, 65_536))
+        return self._decode_head(message, limit)
+
+    def _decode_head(self, message: Message, limit: int) -> core.HeadReceived:
+        upload = self._topics.parse_upload(message.topic)
+        update = wire.unpack(message.payload, UpdateMessage, limit)
+        digest = sha256(update.head).digest()
+        head = wire.unpack(update.head, UpdateHead)
+        context = wire.unpack(head.context, UpdateContext)
+        if context.device != upload.device:
+            raise RemoteProtocolError(Reason.WRONG_DEVICE, f"{context.device} on the topic of {upload.device}")
+        if digest.hex()[:32] != upload.update:
+            raise RemoteProtocolError(Reason.WRONG_DIGEST, f"another head than {upload.update}")
+        if update.body is None:
+            raise RemoteProtocolError(Reason.MISSING_PART, f"{context.device} sent a head without its body")
+        return core.HeadReceived(digest, head, context, update.head, update.sig, update.body)
+
+    # -- the shell's side --------------------------------------------------------------------------------------
+
+    def refused(self, event: ServiceEvent | Tick, error: RemoteProtocolError) -> None:
+        """Count and tell; nothing has changed."""
+        self._refused[error.reason.value] += 1
+        topic = event.topic if isinstance(event, Message) else type(event).__name__
+        tell(Event.MESSAGE_REFUSED, topic=topic, reason=error.reason.value, detail=error.detail)
+
+    def settle(self, event: ServiceEvent | Tick) -> None:
+        """Acknowledge what came from the broker."""
+        if isinstance(event, Message):
+            self._link.acknowledge(event)
+
+    def commit(self, effects: Sequence[Effect]) -> None:
+        """Blobs and keys first, then everything else in one transaction."""
+        durable = [each for each in effects if isinstance(each, _DURABLE)]
+        if not durable:
+            return
+        bodies = {
+            id(each): self._blobs.put(each.received.body) for each in durable if isinstance(each, core.Contribute)
+        }
+        now = read_clock().utc
+        rows: list[Contribution] = []
+        with self._store.transaction():
+            for effect in durable:
+                match effect:
+                    case core.AdoptRelease():
+                        self._adopt(effect, now)
+                    case core.OpenRound(offer=offer):
+                        write_durably(
+                            self._key_file(offer.task, effect.manifest_version, offer.round), effect.private_key
+                        )
+                        self._store.open_round(offer.task, effect.manifest_version, offer.round, effect.signed, now)
+                    case core.ReviseRound(offer=offer):
+                        self._store.revise_round(
+                            offer.task,
+                            effect.manifest_version,
+                            offer.round,
+                            effect.state,
+                            effect.signed,
+                            effect.extensions,
+                        )
+                    case core.Contribute():
+                        rows.append(_row(effect, bodies[id(effect)], now))
+                    case core.StoreRelease(release=release):
+                        self._store.add_release(
+                            release.task,
+                            effect.manifest_version,
+                            release.number,
+                            effect.signed,
+                            release.weights.sha256,
+                            now,
+                        )
+                        self._store.end_round(
+                            release.task, effect.manifest_version, effect.round_number, "released", now
+                        )
+                    case core.AbandonRound():
+                        self._store.end_round(effect.task, effect.manifest_version, effect.number, effect.how, now)
+                    case _:
+                        assert_never(effect)
+            self._recorded = self._store.contribute(rows)
+
+    def perform(self, effect: Effect) -> Iterable[core.Event]:
+        """Carry one effect out."""
+        match effect:
+            case core.AdoptRelease(manifest=manifest):
+                self._count("releases_adopted")
+                tell(Event.TASK_ADOPTED, task=manifest.task, version=manifest.version, release=0)
+            case core.PublishRelease():
+                self._publish_release(effect)
+            case core.OpenRound(offer=offer):
+                tell(
+                    Event.ROUND_OPENED,
+                    task=offer.task,
+                    round=offer.round,
+                    eligible=effect.eligible,
+                    participation=round(offer.participation / 2**32, 4),
+                )
+                self._send(task_round(offer.task), wire.pack(effect.signed), retain=True)
+            case core.ReviseRound(offer=offer):
+                if effect.told is not None:
+                    tell(
+                        effect.told,
+                        task=offer.task,
+                        round=offer.round,
+                        updates=effect.updates,
+                        deadline=offer.deadline,
+                        participation=round(offer.participation / 2**32, 4),
+                    )
+                self._send(task_round(offer.task), wire.pack(effect.signed), retain=True)
+            case core.PublishOffer():
+                self._send(task_round(effect.task), wire.pack(effect.signed), retain=True)
+            case core.Open():
+                yield self._open(effect)
+            case core.Contribute():
+                self._contribute(effect)
+            case core.Refuse(received=received):
+                self._opened.pop(received.digest, None)
+                self._refused[effect.reason.value] += 1
+                tell(
+                    Event.UPDATE_REJECTED,
+                    **_where(received.context),
+                    outcome=effect.outcome.value,
+                    reason=effect.reason.value,
+                    detail=effect.detail,
+                )
+            case core.Reply():
+                self._send(self._topics.command(effect.device, "receipt"), wire.pack(effect.receipt))
+            case core.Recall(received=received):
+                yield self._recall(effect)
+            case core.Reduce():
+                yield self._reduce(effect)
+            case core.StoreRelease(release=release):
+                self._count("rounds_released")
+                tell(
+                    Event.ROUND_CLOSED,
+                    task=release.task,
+                    round=effect.round_number,
+                    release=release.number,
+                    updates=effect.updates,
+                    seconds=round(effect.seconds, 3),
+                    **{f"metric_{name}": round(value, 6) for name, value in release.metrics.items()},
+                )
+                self._forget_round(release.task, effect.manifest_version, effect.round_number)
+            case core.AbandonRound():
+                tell(Event.ROUND_ABANDONED, task=effect.task, round=effect.number, how=effect.how)
+                self._forget_round(effect.task, effect.manifest_version, effect.number)
+            case core.FinishTask():
+                tell(Event.TASK_FINISHED, task=effect.task, rounds=effect.rounds)
+            case _:
+                assert_never(effect)
+
+    # -- releases and rounds --
+
+    def _adopt(self, effect: core.AdoptRelease, now: float) -> None:
+        message, manifest, release = effect.message, effect.manifest, effect.release
+        if message.graphs is None or message.weights is None:
+            raise LocalProtocolError("a release was adopted without its parts")
+        graphs = (self._blobs.put(message.graphs.train), self._blobs.put(message.graphs.eval))
+        weights = self._blobs.put(message.weights)
+        self._store.adopt(manifest.task, manifest.version, message, graphs)
+        self._store.add_release(manifest.task, manifest.version, release.number, message.release, weights, now)
+
+    def _publish_release(self, effect: core.PublishRelease) -> None:
+        task = self._coordinator.tasks[effect.task]
+        train, evaluate, weights = self._store.model(effect.task, task.manifest.version)
+        announcement = ReleaseMessage(v=1, manifest=task.manifest_signed, release=task.release_signed)
+        whole = ReleaseMessage(
+            v=1,
+            manifest=task.manifest_signed,
+            release=task.release_signed,
+            graphs=Graphs(train=self._blobs.get(train), eval=self._blobs.get(evaluate)),
+            weights=self._blobs.get(weights),
+        )
+        size = self._send(task_release(effect.task), wire.pack(whole), retain=True)
+        if effect.announce:
+            self._send(RELEASE, wire.pack(announcement))
+        tell(Event.RELEASE_PUBLISHED, task=effect.task, release=effect.number, bytes=size)
+
+    def _reduce(self, effect: core.Reduce) -> core.RoundReduced:
+        manifest, release = effect.manifest, effect.release
+        fold = self._fold(manifest, release.task, effect.number)
+        base = tensors.load(self._blobs.get(release.weights.sha256), manifest.layout)
+        flat = tensors.flatten(manifest.layout, base)
+        mean = fold.mean()
+        mean *= manifest.server.lr
+        flat += mean
+        weights = tensors.save(manifest.layout, tensors.unflatten(manifest.layout, flat, base))
+        name = self._blobs.put(weights)
+        rows = self._store.contributions(manifest.task, manifest.version, effect.number)
+        metrics = validate.pooled([(row.metrics, row.holdout) for row in rows])
+        return core.RoundReduced(manifest.task, effect.number, BlobRef(sha256=name, size=len(weights)), metrics)
+
+    def _forget_round(self, task: str, version: int, number: int) -> None:
+        self._folds.pop((task, version, number), None)
+        self._key_file(task, version, number).unlink(missing_ok=True)
+        for row in self._store.contributions(task, version, number):
+            self._blobs.delete(row.body)
+        used = self._store.weights_in_use()
+        parent = self._coordinator.tasks[task].previous_weights
+        if parent is not None and parent not in used:
+            self._blobs.delete(parent)
+
+    # -- updates --
+
+    def _open(self, effect: core.Open) -> core.UpdateOpened | core.UpdateSpoilt:
+        """Everything that an update must be before it may count, cheapest first."""
+        received, manifest = effect.received, effect.manifest
+        head, context = received.head, received.context
+        try:
+            if self._deny.has(context.device):
+                raise RemoteProtocolError(Reason.DENIED, f"{context.device} is on the deny list")
+            device = identity.verify_device(head.certificate, self._ca, effect.opened)
+            if device.name != context.device:
+                raise RemoteProtocolError(Reason.WRONG_DEVICE, f"the certificate is of {device.name}")
+            identity.verify_head(device.public_key, received.signed, received.signature)
+            sizes = _sizes(manifest)
+            if (context.codec, context.dimension) != (manifest.codec, sum(sizes)):
+                raise RemoteProtocolError(Reason.WRONG_DIMENSION, f"{context.dimension}, the task has {sum(sizes)}")
+            most = sealing.sealed_size(sealing.HEADER_MAX, codec.size_max(context.codec, sizes))
+            if len(received.body) != head.size or head.size > most:
+                raise RemoteProtocolError(Reason.TOO_LARGE, f"a body of {len(received.body)} bytes")
+            if sha256(received.body).digest() != head.sha256:
+                raise RemoteProtocolError(Reason.WRONG_DIGEST, "the body is not the one that the head was signed for")
+            body, data = self._unseal(manifest.version, head, context, received.body)
+            validate.report(body)
+            self._opened[received.digest] = validate.delta(context.codec, data, sizes, effect.clip)
+        except RemoteProtocolError as error:
+            return core.UpdateSpoilt(received, error)
+        return core.UpdateOpened(received, body)
+
+    def _unseal(
+        self, version: int, head: UpdateHead, context: UpdateContext, body: bytes
+    ) -> tuple[PlainBody, memoryview]:
+        private = self._key_file(context.task, version, context.round).read_bytes()
+        return sealing.open_sealed(private, head.encapsulation, body, head.context)
+
+    def _contribute(self, effect: core.Contribute) -> None:
+        received = effect.received
+        context = received.context
+        delta = self._opened.pop(received.digest)
+        if received.digest not in self._recorded:
+            raise LocalProtocolError(f"{context.device} is in the store for round {context.round} already")
+        key = (context.task, effect.manifest_version, context.round)
+        fold = self._folds.setdefault(key, Fold(len(delta)))
+        fold.add(received.digest, delta, effect.weight)
+        self._count("updates_accepted")
+        self._counts["update_bytes"] += len(received.body)
+        tell(
+            Event.UPDATE_ACCEPTED,
+            **_where(context),
+            examples=effect.body.examples,
+            bytes=len(received.body),
+            updates=f"{effect.updates}/{effect.goal}",
+        )
+
+    def _recall(self, effect: core.Recall) -> core.HeadRecalled:
+        received = effect.received
+        context = received.context
+        row = self._store.recall(context.task, effect.manifest_version, context.round, context.device)
+        if row is None:
+            return core.HeadRecalled(received, None)
+        same = row.head_digest == received.digest
+        return core.HeadRecalled(received, Outcome(row.outcome) if same else Outcome.DUPLICATE)
+
+    def _fold(self, manifest: TaskManifest, task: str, number: int) -> Fold:
+        """The round's fold; made again from rows and blobs where memory does not hold exactly what the rows say."""
+        key = (task, manifest.version, number)
+        rows = self._store.contributions(*key)
+        fold = self._folds.get(key)
+        if fold is not None and fold.heads == [row.head_digest for row in rows]:
+            return fold
+        sizes = _sizes(manifest)
+        fold = Fold(sum(sizes))
+        for row in rows:
+            head = wire.unpack(row.head, UpdateHead)
+            context = wire.unpack(head.context, UpdateContext)
+            _, data = self._unseal(manifest.version, head, context, self._blobs.get(row.body))
+            fold.add(row.head_digest, codec.decode(context.codec, data, sizes), row.weight)
+        self._folds[key] = fold
+        tell(Event.FOLD_REBUILT, task=task, round=number, updates=len(rows))
+        return fold
+
+    # -- small things --
+
+    def _send(self, topic: str, payload: bytes, *, retain: bool = False) -> int:
+        try:
+            self._link.publish(topic, payload, retain=retain)
+        except LinkError as error:
+            self._count("publish_refused")
+            tell(Event.PUBLISH_REFUSED, topic=topic, cause=str(error))
+        return len(payload)
+
+    def _presence(self, *, online: bool) -> bytes:
+        return wire.pack(AggregatorStatus(v=_V, session=self._session, online=online, version=VERSION))
+
+    def _key_file(self, task: str, version: int, number: int) -> Path:
+        return self._keys / f"{task}.{version}.{number}"
+
+    def _count(self, what: str) -> None:
+        self._counts[what] += 1
+
+    def _sweep(self) -> None:
+        """Delete what a crash left behind: bodies, weights and keys that no open round or newest release needs."""
+        wanted = self._store.weights_in_use()
+        keys = set()
+        for stored in self._store.tasks():
+            wanted |= set(self._store.model(stored.name, stored.manifest_version)[:2])
+            if stored.round is not None and stored.round.state in ("open", "closing"):
+                wanted |= {row.body for row in stored.contributions}
+                keys.add(self._key_file(stored.name, stored.manifest_version, stored.round.number))
+        for name in self._blobs.names():
+            if name not in wanted:
+                self._blobs.delete(name)
+        for path in self._keys.iterdir():
+            if path not in keys:
+                path.unlink()
+
+    def _show(self) -> None:
+        """Leave a status file for `aggregator status`, when it says something new."""
+        tasks = self._coordinator.tasks
+        now = read_clock()
+        online = [status for status in self._coordinator.devices.values() if status.online]
+        shown: dict[str, object] = {
+            "pid": os.getpid(),
+            "version": VERSION,
+            "started": int(self._started.utc),
+            "connected": self._link.connected,
+            "broker": f"{self._config.broker.host}:{self._config.broker.port}",
+            "devices": {"online": len(online), "eligible": sum(status.eligible for status in online)},
+            "tasks": {name: _summary(task, self._coordinator, now) for name, task in sorted(tasks.items())},
+            "counts": dict(sorted(self._counts.items())),
+            "refused": dict(sorted(self._refused.items())),
+        }
+        if shown == self._shown:
+            return
+        self._shown = shown
+        path = self._state / "status.json"
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(shown), encoding="utf-8")
+        temporary.replace(path)
+        doing = ", ".join(f"{name} {task.phase}" for name, task in sorted(tasks.items())) or "no task"
+        link = "connected" if self._link.connected else "not connected"
+        self._manager.status(f"{link}; {len(online)} devices online; {doing}")
+
+
+_V: Version = 1
+_DURABLE = (
+    core.AdoptRelease,
+    core.OpenRound,
+    core.ReviseRound,
+    core.Contribute,
+    core.StoreRelease,
+    core.AbandonRound,
+)
+
+
+class _DenyList:
+    """Names of denied devices, read again when the file changes."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._seen = path, (0, 0)
+        self._names: frozenset[str] = frozenset()
+
+    def has(self, device: str) -> bool:
+        if self._path is None:
+            return False
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return False
+        if (stat.st_mtime_ns, stat.st_size) != self._seen:
+            self._names = frozenset(self._path.read_text(encoding="utf-8").split())
+            self._seen = (stat.st_mtime_ns, stat.st_size)
+        return device in self._names
+
+
+def run(config: AggregatorConfig) -> None:
+    """`aggregator run`: until SIGTERM or SIGINT."""
+    logs.configure(config.log.level, config.log.format, environ=os.environ, identifier="aggregator")
+    service = Service(config, read_clock())
+    on_termination(lambda number: service.mailbox.post(Stop(number)))
+    service.run()
+
+
+def _restore(stored: StoredTask, now: Instant) -> Task:
+    """A task as the store knows it."""
+    manifest = wire.unpack(stored.manifest.payload, TaskManifest)
+    task = Task(stored.manifest, manifest, stored.release, wire.unpack(stored.release.payload, Release))
+    found = stored.round
+    if found is None:
+        return task
+    offer = wire.unpack(found.offer.payload, RoundOffer)
+    task.last_round, task.offer, task.offer_signed = found.number, offer, found.offer
+    if found.state not in ("open", "closing"):
+        return task
+    current = Round(
+        manifest.task,
+        manifest.version,
+        found.number,
+        manifest.plan,
+        offer.participation,
+        now.mono + max(0.0, min(offer.deadline - now.utc, float(manifest.plan.max_extension))),
+        found.opened,
+        found.extensions,
+        {row.device: row.head_digest for row in stored.contributions},
+        max((row.seq for row in stored.contributions), default=0),
+    )
+    if found.state == "open":
+        task.round = current
+    else:
+        task.closing = current
+    return task
+
+
+def _row(effect: core.Contribute, body: bytes, now: float) -> Contribution:
+    received = effect.received
+    context = received.context
+    return Contribution(
+        task=context.task,
+        manifest_version=effect.manifest_version,
+        origin_round=context.round,
+        device=context.device,
+        collected_in=context.round,
+        head_digest=received.digest,
+        seq=effect.sequence,
+        weight=effect.weight,
+        examples=effect.body.examples,
+        holdout=effect.body.holdout,
+        metrics=effect.body.metrics,
+        head=received.signed,
+        body=body,
+        at=now,
+    )
+
+
+def _summary(task: Task, coordinator: Coordinator, now: Instant) -> dict[str, object]:
+    current = task.round if task.round is not None else task.closing
+    plan = task.manifest.plan
+    return {
+        "manifest_version": task.manifest.version,
+        "release": task.release.number,
+        "round": task.last_round,
+        "rounds": plan.rounds,
+        "phase": task.phase,
+        "updates": len(current.accepted) if current is not None else 0,
+        "goal": plan.goal,
+        "min_updates": plan.min_updates,
+        "eligible": len(coordinator.eligible(task.manifest, now)),
+        "metrics": task.release.metrics,
+    }
+
+
+def _where(context: UpdateContext) -> dict[str, object]:
+    return {"task": context.task, "round": context.round, "device": context.device}
+
+
+def _sizes(manifest: TaskManifest) -> list[int]:
+    return [size(spec) for spec in manifest.layout if spec.dtype in FLOATING]
+
+
+def _alone(path: Path) -> object:
+    """Hold the state directory; two aggregators on one would both sign rounds."""
+    import fcntl
+
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError(str(path), "state.directory", "another aggregator runs on this directory") from None
+    return file

@@ -1,0 +1,653 @@
+"""The agent's machine: which releases and offers this device believes, and when it trains. Pure.
+
+It holds the device's side of every rule about signed records (shared.trust): verify, then parse, then compare with the
+highest position it has accepted; older or forked is refused. It trains on an open offer for the release it holds, when
+it is selected and nothing stands in the way, one job at a time.
+
+    job: none -> training -> sent -> (receipt, or the round is over) -> none
+
+It must never touch a socket, a disk, a clock or a private key: the shell signs heads and keeps files.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import assert_never
+
+from edge_agent.eligibility import DeviceFacts, Gatekeeper, Obstacle, Policy, obstacles
+from edge_agent.jobs import Done, Failed, Progress
+from shared import signing, trust, wire
+from shared.errors import Reason, RemoteProtocolError
+from shared.layout import dimension
+from shared.machine import Instant, Tick
+from shared.messages import (
+    DeviceStatus,
+    OfferState,
+    Outcome,
+    Release,
+    ReleaseMessage,
+    RoundOffer,
+    Signed,
+    TaskManifest,
+    UpdateContext,
+    UpdateHead,
+    Version,
+)
+from shared.opset import OPSET_VERSION
+from shared.selection import draw
+from shared.trust import Position, Trust, advance
+from shared.version import VERSION
+
+TASKS_MAX = 64
+"""Tasks that one device follows; beyond it a release is refused."""
+STATUS_BURST, STATUS_INTERVAL, STATUS_REFRESH = 3, 300.0, 6 * 3600.0
+"""Status messages at once, seconds until one more is allowed, seconds after which it is said again."""
+RETRY_FIRST, RETRY_MAX = 60.0, 3600.0
+"""Seconds before a failed job is tried again; doubles."""
+
+# -- events ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The broker is there; it sends what is retained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The broker is gone; training goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseArrived:
+    """A message on `models/<task>/release` that decodes."""
+
+    task: str
+    message: ReleaseMessage
+
+
+@dataclass(frozen=True, slots=True)
+class OfferArrived:
+    """A signed record on `models/<task>/round`; not verified yet."""
+
+    task: str
+    signed: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptArrived:
+    """A signed record on this device's receipt topic; not verified yet."""
+
+    signed: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class Sensed:
+    """What the sensors read."""
+
+    facts: DeviceFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Look at the device now: a calendar window opened or closed, the operator spoke, or the clock jumped."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerTold:
+    """The trainer child spoke."""
+
+    message: Progress | Done | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerGone:
+    """The trainer child ended; `cause` as in edge_agent.child.TrainerExited."""
+
+    cause: str
+    detail: str
+
+
+Event = (
+    Connected
+    | Disconnected
+    | ReleaseArrived
+    | OfferArrived
+    | ReceiptArrived
+    | Sensed
+    | Wake
+    | TrainerTold
+    | TrainerGone
+    | Tick
+)
+
+# -- effects -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class KeepRelease:
+    """Store an accepted release, durably, before anything is done with it."""
+
+    task: str
+    manifest: TaskManifest
+    release: Release
+    message: ReleaseMessage
+    manifest_position: Position
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class KeepOffer:
+    """Store the position of an accepted offer, durably."""
+
+    task: str
+    offer: RoundOffer
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Sense:
+    """Read the sensors now; `Sensed` follows. The arguments are edge_agent.sensors.Sensors.read's."""
+
+    working: bool
+    trained: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Give the trainer child a job."""
+
+    id: str
+    manifest: TaskManifest
+    release: Release
+    offer: RoundOffer
+    context: bytes
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopTraining:
+    """End the trainer child in the middle of a job."""
+
+    id: str
+    task: str
+    round: int
+    why: str
+    obstacles: tuple[Obstacle, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFailed:
+    """The job came to nothing; it is tried again in `retry` seconds if its round is still open then."""
+
+    id: str
+    task: str
+    round: int
+    reason: str
+    detail: str
+    retry: float
+
+
+@dataclass(frozen=True, slots=True)
+class RestTrainer:
+    """End the warm trainer child: no work for a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendUpdate:
+    """Sign the head, note the round as done, publish head and body."""
+
+    id: str
+    task: str
+    round: int
+    position: tuple[int, int]
+    head: bytes
+    digest: bytes
+    shards: int
+    done: Done
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The aggregator has answered an update; its files can go."""
+
+    id: str
+    task: str
+    round: int
+    outcome: Outcome
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShowProgress:
+    """Tell how far the training is."""
+
+    task: str
+    round: int
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class EligibilityChanged:
+    """The device may train now, or may not any more."""
+
+    eligible: bool
+    obstacles: tuple[Obstacle, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishStatus:
+    """Say how this device is; the shell adds its session."""
+
+    eligible: bool
+    obstacles: tuple[str, ...]
+    datasets: tuple[str, ...]
+
+
+Effect = (
+    KeepRelease
+    | KeepOffer
+    | Sense
+    | Train
+    | StopTraining
+    | TrainingFailed
+    | RestTrainer
+    | SendUpdate
+    | Settled
+    | ShowProgress
+    | EligibilityChanged
+    | PublishStatus
+)
+
+# -- state -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """What this device knows of one task."""
+
+    name: str
+    manifest_signed: Signed | None = None
+    manifest: TaskManifest | None = None
+    release: Release | None = None
+    manifest_position: Position | None = None
+    release_position: Position | None = None
+    offer_position: Position | None = None
+    offer: RoundOffer | None = None
+    waiting_offer: Signed | None = None
+    """An offer that came before the manifest that it belongs to."""
+    worked: tuple[int, int] = (0, 0)
+    """(manifest version, round) of the newest update sent."""
+    start_at: float = 0.0
+    """Monotonic seconds before which this round's training does not start."""
+    failures: int = 0
+
+
+@dataclass
+class Work:
+    """The job in hand."""
+
+    id: str
+    task: str
+    offer: RoundOffer
+    context: bytes
+    deadline: float
+
+
+@dataclass
+class Participation:
+    """See the module. `random` gives bytes; `datasets` are the names that this device has data for."""
+
+    trust: Trust
+    policy: Policy
+    device: str
+    certificate: bytes
+    datasets: frozenset[str]
+    random: Callable[[int], bytes]
+    timeout: float
+    """Seconds after which a job is given up."""
+    idle_exit: float
+    """Seconds that the trainer child stays without work."""
+    tasks: dict[str, Task] = field(default_factory=dict)
+    connected: bool = False
+    obstacles: tuple[Obstacle, ...] = ()
+    facts: DeviceFacts | None = None
+    work: Work | None = None
+    progress: Progress | None = None
+    last_trained: float | None = None
+    _gate: Gatekeeper = field(init=False)
+    _bad_data: set[str] = field(default_factory=set)
+    _warm_until: float | None = None
+    _sent: dict[bytes, Work] = field(default_factory=dict)
+    _said: PublishStatus | None = None
+    _tokens: float = float(STATUS_BURST)
+    _token_time: float | None = None
+    _refresh_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self._gate = Gatekeeper(self.policy)
+
+    @property
+    def eligible(self) -> bool:
+        """Whether the owner's policy lets this device train now."""
+        return self._gate.eligible
+
+    @property
+    def deadline(self) -> float | None:
+        """When the machine wants to look again."""
+        wanted = [self._gate.deadline, self._warm_until, self._refresh_at if self.connected else None]
+        if self._gate.deadline is None:
+            wanted.append(0.0)
+        if self.work is not None:
+            wanted.append(self.work.deadline)
+        elif self.eligible:
+            wanted += [task.start_at for task in self.tasks.values() if self._wants(task)]
+        if self.connected and self._said != self._status() and self._token_time is not None:
+            wanted.append(self._token_time + (1.0 - min(self._tokens, 1.0)) * STATUS_INTERVAL)
+        return min((each for each in wanted if each is not None), default=None)
+
+    def handle(self, event: Event, now: Instant) -> list[Effect]:
+        """What to do about one event; a RemoteProtocolError has changed nothing."""
+        effects = self._react(event, now)
+        return effects + self._start(now) + self._speak(now)
+
+    def _react(self, event: Event, now: Instant) -> list[Effect]:
+        match event:
+            case Connected():
+                self.connected, self._said = True, None
+                return []
+            case Disconnected():
+                self.connected = False
+                return []
+            case ReleaseArrived(task=name, message=message):
+                return self._release_arrived(name, message, now)
+            case OfferArrived(task=name, signed=signed):
+                return self._offer_arrived(name, signed, now)
+            case ReceiptArrived(signed=signed):
+                return self._receipt_arrived(signed)
+            case Sensed(facts=facts):
+                return self._sensed(facts, now)
+            case Wake():
+                return [self._sense()]
+            case TrainerTold(message=message):
+                return self._trainer_told(message, now)
+            case TrainerGone(cause=cause, detail=detail):
+                self._warm_until = None
+                return self._failed(f"trainer_{cause}", detail, now) if self.work is not None else []
+            case Tick():
+                return self._tick(now)
+            case _:
+                assert_never(event)
+
+    def _tick(self, now: Instant) -> list[Effect]:
+        effects: list[Effect] = []
+        due = self._gate.deadline
+        if due is None or due <= now.mono:
+            effects.append(self._sense())
+        if self.work is not None and self.work.deadline <= now.mono:
+            effects.append(self._stop("timeout"))
+            effects += self._failed("timeout", f"no result within {self.timeout:g} s", now)
+        if self._warm_until is not None and self.work is None and self._warm_until <= now.mono:
+            self._warm_until = None
+            effects.append(RestTrainer())
+        if self._refresh_at is not None and self._refresh_at <= now.mono:
+            self._said = None
+        return effects
+
+    # -- records --
+
+    def _release_arrived(self, name: str, message: ReleaseMessage, now: Instant) -> list[Effect]:
+        task = self.tasks.get(name) or Task(name)
+        if name not in self.tasks and len(self.tasks) >= TASKS_MAX:
+            raise RemoteProtocolError(Reason.TOO_LARGE, f"this device follows {TASKS_MAX} tasks already")
+        manifest = self.trust.manifest(message.manifest, now.utc)
+        if manifest.task != name:
+            raise RemoteProtocolError(Reason.WRONG_TASK, f"a release of {manifest.task} on the topic of {name}")
+        manifest_position = Position((manifest.version,), signing.digest(message.manifest))
+        advance(task.manifest_position, manifest_position)
+        release = self.trust.release(message.release, message.manifest, manifest)
+        position = Position((manifest.version, release.number), signing.digest(message.release))
+        if not advance(task.release_position, position):
+            return []
+        trust.model(message, manifest, release)
+        waiting = task.waiting_offer if task.offer is None or task.manifest != manifest else None
+        if task.manifest != manifest:
+            task.offer = None
+        task.manifest_signed, task.manifest, task.release = message.manifest, manifest, release
+        task.manifest_position, task.release_position = manifest_position, position
+        task.waiting_offer, task.failures = None, 0
+        self.tasks[name] = task
+        effects: list[Effect] = [KeepRelease(name, manifest, release, message, manifest_position, position)]
+        if waiting is not None:
+            try:
+                effects += self._offer_arrived(name, waiting, now)
+            except RemoteProtocolError:
+                # It belonged to an older manifest; the aggregator's next one comes by itself.
+                task.waiting_offer = None
+        return effects
+
+    def _offer_arrived(self, name: str, signed: Signed, now: Instant) -> list[Effect]:
+        task = self.tasks.get(name)
+        if task is None or task.manifest is None or task.manifest_signed is None:
+            if task is None and len(self.tasks) >= TASKS_MAX:
+                raise RemoteProtocolError(Reason.TOO_LARGE, f"this device follows {TASKS_MAX} tasks already")
+            self.tasks.setdefault(name, Task(name)).waiting_offer = signed
+            return []
+        try:
+            offer = trust.offer(signed, task.manifest_signed, task.manifest)
+        except RemoteProtocolError as error:
+            if error.reason is not Reason.WRONG_MANIFEST:
+                raise
+            # Of a manifest whose release is still on its way, or of one that is gone.
+            task.waiting_offer = signed
+            return []
+        position = Position((task.manifest.version, offer.round, offer.sequence), signing.digest(signed))
+        if not advance(task.offer_position, position) and task.offer is not None:
+            return []
+        before = task.offer
+        if before is not None and before.round == offer.round:
+            trust.continues(offer, before)
+        task.offer, task.offer_position = offer, position
+        if before is None or before.round != offer.round:
+            task.failures = 0
+            spread = task.manifest.plan.start_jitter * int.from_bytes(self.random(4), "big") / 2**32
+            task.start_at = now.mono + spread
+        effects: list[Effect] = [KeepOffer(name, offer, position)]
+        if offer.state is not OfferState.OPEN:
+            effects += self._round_over(name, offer)
+        return effects
+
+    def _round_over(self, name: str, offer: RoundOffer) -> list[Effect]:
+        if self.work is None or self.work.task != name or self.work.offer.round != offer.round:
+            return []
+        effect = self._stop("round_over")
+        self.work = None
+        return [effect]
+
+    def _receipt_arrived(self, signed: Signed) -> list[Effect]:
+        error = RemoteProtocolError(Reason.WRONG_TASK, "a receipt of no task known here")
+        for task in self.tasks.values():
+            if task.manifest is None:
+                continue
+            try:
+                found = trust.receipt(signed, task.manifest)
+            except RemoteProtocolError as refused:
+                error = refused
+                continue
+            if found.device != self.device:
+                raise RemoteProtocolError(Reason.WRONG_DEVICE, f"a receipt for {found.device}")
+            sent = self._sent.pop(found.head, None)
+            if sent is None:
+                return []
+            return [Settled(sent.id, found.task, found.round, found.outcome, found.reason)]
+        raise error
+
+    # -- eligibility --
+
+    def _sensed(self, facts: DeviceFacts, now: Instant) -> list[Effect]:
+        self.facts = facts
+        self.obstacles = obstacles(self.policy, None, self.facts)
+        if not self._gate.observe(self.obstacles, now.mono, self.work is not None):
+            return []
+        effects: list[Effect] = [EligibilityChanged(self.eligible, self.obstacles)]
+        if not self.eligible and self.work is not None:
+            effects.append(self._stop("obstacles", self.obstacles))
+            self.work, self.last_trained = None, now.mono
+        return effects
+
+    def _sense(self) -> Sense:
+        return Sense(self.work is not None, self.last_trained)
+
+    # -- training --
+
+    def _wants(self, task: Task) -> bool:
+        """Whether this device should train this task now, its own state and the start time apart."""
+        offer, manifest, release = task.offer, task.manifest, task.release
+        if offer is None or manifest is None or release is None or task.release_position is None:
+            return False
+        return (
+            offer.state is OfferState.OPEN
+            and offer.release == task.release_position.digest
+            and task.worked < (manifest.version, offer.round)
+            and manifest.data.dataset in self.datasets
+            and manifest.opset == OPSET_VERSION
+            and draw(task.name, manifest.version, offer.round, self.device) < offer.participation
+        )
+
+    def _start(self, now: Instant) -> list[Effect]:
+        if self.work is not None or not self.eligible or self.facts is None:
+            return []
+        for name in sorted(self.tasks):
+            task = self.tasks[name]
+            if not self._wants(task) or task.start_at > now.mono:
+                continue
+            assert task.manifest is not None and task.release is not None and task.offer is not None
+            manifest, offer = task.manifest, task.offer
+            if now.utc >= manifest.expires or obstacles(self.policy, manifest.conditions, self.facts):
+                continue
+            return [self._train(task, manifest, task.release, offer, now)]
+        return []
+
+    def _train(self, task: Task, manifest: TaskManifest, release: Release, offer: RoundOffer, now: Instant) -> Train:
+        report = self.random(16)
+        context = wire.pack(
+            UpdateContext(
+                v=_V,
+                task=task.name,
+                manifest=offer.manifest,
+                release=offer.release,
+                round=offer.round,
+                device=self.device,
+                report=report,
+                mode="plain",
+                k_min=0,
+                codec=manifest.codec,
+                dimension=dimension(manifest.layout),
+            )
+        )
+        self.work = Work(report.hex(), task.name, offer, context, now.mono + self.timeout)
+        self.progress = None
+        seed = int.from_bytes(self.random(8), "big") >> 1
+        return Train(self.work.id, manifest, release, offer, context, seed)
+
+    def _trainer_told(self, message: Progress | Done | Failed, now: Instant) -> list[Effect]:
+        work = self.work
+        if work is None or message.id != work.id:
+            return []  # of a job that was given up meanwhile
+        match message:
+            case Progress():
+                self.progress = message
+                return [ShowProgress(work.task, work.offer.round, message)]
+            case Done():
+                return self._done(work, message, now)
+            case Failed(reason=reason, detail=detail):
+                return self._failed(reason, detail, now)
+            case _:
+                assert_never(message)
+
+    def _done(self, work: Work, done: Done, now: Instant) -> list[Effect]:
+        task = self.tasks[work.task]
+        head = wire.pack(
+            UpdateHead(
+                v=_V,
+                context=work.context,
+                encapsulation=done.encapsulation,
+                size=done.size,
+                sha256=done.sha256,
+                chunk_size=0,
+                certificate=self.certificate,
+                shares=[],
+            )
+        )
+        digest = sha256(head).digest()
+        version = task.manifest.version if task.manifest is not None else 0
+        task.worked, task.failures = (version, work.offer.round), 0
+        self._bad_data -= {task.manifest.data.dataset} if task.manifest is not None else set()
+        self._rest(now)
+        # Of an update whose receipt never came nothing is remembered once the next one is on its way.
+        self._sent = {key: sent for key, sent in self._sent.items() if sent.task != work.task}
+        self._sent[digest] = work
+        return [SendUpdate(work.id, work.task, work.offer.round, task.worked, head, digest, work.offer.shards, done)]
+
+    def _failed(self, reason: str, detail: str, now: Instant) -> list[Effect]:
+        work = self.work
+        assert work is not None
+        task = self.tasks[work.task]
+        retry = min(RETRY_FIRST * 2.0**task.failures, RETRY_MAX)
+        task.failures += 1
+        task.start_at = now.mono + retry
+        if reason == "data" and task.manifest is not None:
+            self._bad_data.add(task.manifest.data.dataset)
+        self._rest(now)
+        return [TrainingFailed(work.id, work.task, work.offer.round, reason, detail, retry)]
+
+    def _rest(self, now: Instant) -> None:
+        self.work, self.progress = None, None
+        self.last_trained = now.mono
+        self._warm_until = now.mono + self.idle_exit
+
+    def _stop(self, why: str, found: tuple[Obstacle, ...] = ()) -> StopTraining:
+        assert self.work is not None
+        self._warm_until = None
+        return StopTraining(self.work.id, self.work.task, self.work.offer.round, why, found)
+
+    # -- presence --
+
+    def _status(self) -> PublishStatus:
+        names = tuple(dict.fromkeys(obstacle.name.value for obstacle in self.obstacles))
+        names += ("data",) if self._bad_data else ()
+        return PublishStatus(self.eligible, names, tuple(sorted(self.datasets - self._bad_data)))
+
+    def _speak(self, now: Instant) -> list[Effect]:
+        if not self.connected or self.facts is None:
+            return []
+        status = self._status()
+        if self._token_time is not None:
+            earned = (now.mono - self._token_time) / STATUS_INTERVAL
+            self._tokens = min(float(STATUS_BURST), self._tokens + earned)
+        self._token_time = now.mono
+        if status == self._said or self._tokens < 1.0:
+            return []
+        self._tokens -= 1.0
+        self._said = status
+        jitter = int.from_bytes(self.random(2), "big") / 2**16
+        self._refresh_at = now.mono + STATUS_REFRESH * (0.75 + 0.25 * jitter)
+        return [status]
+
+
+_V: Version = 1
+
+
+def status(said: PublishStatus, session: bytes, now: float) -> DeviceStatus:
+    """The message for what was decided to be said."""
+    return DeviceStatus(
+        v=_V,
+        session=session,
+        online=True,
+        version=VERSION,
+        opsets=[OPSET_VERSION],
+        eligible=said.eligible,
+        obstacles=list(said.obstacles),
+        datasets=list(said.datasets),
+        sent=int(now),
+    )

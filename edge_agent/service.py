@@ -1,0 +1,523 @@
+"""The agent's shell: decodes what the link brings, carries out what the machine decides, keeps it on disk.
+
+One owner thread (shared.driver); the network, the scheduler, the trainer's pipes and the control socket only post
+events to it. This process holds the device's key and must never import torch or numpy: the trainer child has those,
+and no key.
+"""
+
+import contextlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_never
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from edge_agent import participation as core
+from edge_agent import sensors
+from edge_agent.child import Settings, Trainer, TrainerExited, TrainerSaid, TrainerWrote, rss
+from edge_agent.config import AgentConfig, zone
+from edge_agent.control import ControlRequest, ControlServer
+from edge_agent.jobs import Job, Source
+from edge_agent.participation import Effect, Participation, Task
+from edge_agent.schedule import Schedule, WindowEdge
+from edge_agent.sensors import Sensors
+from edge_agent.store import Kept, Store
+from shared import identity, logs, wire
+from shared.driver import Driver, Mailbox, on_termination, read_clock
+from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, RemoteProtocolError, TrainingError
+from shared.events import Event
+from shared.logs import tell
+from shared.machine import Instant, Tick
+from shared.messages import DeviceStatus, Release, ReleaseMessage, Signed, TaskManifest, UpdateMessage
+from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will
+from shared.selection import shard
+from shared.systemd import ServiceManager
+from shared.topics import TASK_RELEASES, TASK_ROUNDS, Topics, is_name, parse_task
+from shared.trust import Trust
+from shared.version import VERSION
+
+_HEARTBEAT = 60.0
+"""Seconds after which the owner loop turns though nothing happens; the watchdog may ask for less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A signal asked the daemon to end."""
+
+    signal: int
+
+
+ServiceEvent = LinkEvent | TrainerSaid | TrainerWrote | TrainerExited | ControlRequest | WindowEdge | core.Event | Stop
+
+
+class Service:
+    """Machine and shell of the daemon: `handle` decodes and asks the participation, the rest carries out."""
+
+    def __init__(self, config: AgentConfig, now: Instant) -> None:
+        self._config = config
+        certificate = identity.load_certificate(config.broker.cert)
+        self._device = _device_name(config, identity.common_name(certificate))
+        self._key = identity.load_key(config.broker.key)
+        self._topics = Topics(config.broker.prefix)
+        self._store = Store(config.device.state_dir)
+        self._zone = zone(config.policy.timezone)
+        self._sensors = Sensors(config.device.sys_root, config.device.proc_root, config.device.state_dir, self._zone)
+        self._participation = Participation(
+            trust=Trust(identity.load_root(config.trust.root)),
+            policy=config.policy,
+            device=self._device,
+            certificate=certificate.public_bytes(Encoding.DER),
+            datasets=frozenset(config.data),
+            random=os.urandom,
+            timeout=config.trainer.timeout,
+            idle_exit=config.trainer.idle_exit,
+        )
+        for kept in self._store.load():
+            self._participation.tasks[kept.name] = _restore(kept)
+        self.mailbox: Mailbox[ServiceEvent] = Mailbox()
+        self._threads = config.trainer.threads or max(1, (os.cpu_count() or 2) - 1)
+        self._trainer = Trainer(
+            self.mailbox.post,
+            Settings(
+                python=str(config.trainer.python or sys.executable),
+                threads=self._threads,
+                memory_max=config.trainer.memory_max,
+                nice=config.trainer.nice,
+            ),
+        )
+        self._job_pid: int | None = None
+        self._session = os.urandom(8)
+        self._link = Link(
+            LinkSettings(
+                host=config.broker.host,
+                port=config.broker.port,
+                client_id=self._device,
+                ca=config.broker.ca,
+                cert=config.broker.cert,
+                key=config.broker.key,
+                keepalive=config.broker.keepalive,
+                connect_timeout=config.broker.connect_timeout,
+                message_max=config.broker.message_max,
+            ),
+            self.mailbox,
+            Will(self._topics.device_status(self._device), self._presence(online=False)),
+        )
+        self._schedule = Schedule(config.policy.windows, self._zone, self.mailbox.post)
+        self._control = ControlServer(config.device.run_dir, self.mailbox.post)
+        self._driver: Driver[ServiceEvent, Effect] = Driver(self.mailbox, self, self)
+        self._manager = ServiceManager(os.environ)
+        self._started = now
+        self._counts: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+        self._last_update: dict[str, object] | None = None
+        self._link_cause = "connecting"
+
+    def run(self) -> None:
+        """Work until a signal says stop."""
+        wait = min(_HEARTBEAT, self._manager.watchdog or _HEARTBEAT)
+        self._control.start()
+        self._schedule.start(read_clock())
+        self._link.start()
+        self._manager.ready()
+        tell(Event.DAEMON_STARTED, device=self._device, version=VERSION)
+        try:
+            while not self._driver.stopping:
+                self._driver.turn(wait)
+                self._manager.status(self._summary())
+                if self._link.alive:
+                    self._manager.alive()
+        finally:
+            self._manager.stopping()
+            self._trainer.stop(kill=True)
+            if self._link.connected:
+                topic = self._topics.device_status(self._device)
+                self._link.publish(topic, self._presence(online=False), retain=True, qos=0)
+            self._link.stop()
+            self._schedule.stop()
+            self._control.stop()
+            self.mailbox.close()
+        tell(Event.DAEMON_STOPPED, device=self._device)
+
+    # -- the machine's side ------------------------------------------------------------------------------------
+
+    @property
+    def deadline(self) -> float | None:
+        """The participation's."""
+        return self._participation.deadline
+
+    def handle(self, event: ServiceEvent | Tick, now: Instant) -> Sequence[Effect]:
+        """Decode what is still bytes or somebody's question, then let the participation decide."""
+        if self._schedule.watch(now):
+            tell(Event.CLOCK_JUMPED)
+        match event:
+            case Message():
+                return self._message(event, now)
+            case LinkUp():
+                return self._link_up(event, now)
+            case LinkDown(cause=cause):
+                return self._link_down(cause, now)
+            case LinkBroken(cause=cause):
+                raise LocalProtocolError(f"the network thread failed: {cause}")
+            case Published(refusal=refusal):
+                if refusal:
+                    self._counts["publish_refused"] += 1
+                    tell(Event.PUBLISH_REFUSED, cause=refusal)
+                return []
+            case TrainerSaid(pid=pid, message=message):
+                return self._participation.handle(core.TrainerTold(message), now) if pid == self._job_pid else []
+            case TrainerWrote(line=line):
+                tell(Event.TRAINER_SAID, line=line)
+                return []
+            case TrainerExited():
+                return self._trainer_exited(event, now)
+            case ControlRequest():
+                return self._asked(event, now)
+            case WindowEdge():
+                self._schedule.plan(now)
+                return self._participation.handle(core.Wake(), now)
+            case Stop():
+                self._driver.stop()
+                return []
+            case _:
+                return self._participation.handle(event, now)
+
+    def _message(self, message: Message, now: Instant) -> Sequence[Effect]:
+        limit = self._config.broker.message_max
+        if len(message.payload) > limit:
+            raise RemoteProtocolError(Reason.TOO_LARGE, f"{len(message.payload)} bytes, the limit is {limit}")
+        if message.topic == self._topics.command(self._device, "receipt"):
+            return self._participation.handle(core.ReceiptArrived(wire.unpack(message.payload, Signed, 65_536)), now)
+        if not message.payload and message.topic.startswith("models/"):
+            return []  # a cleared retained message; what was accepted stays
+        if message.topic.endswith("/release"):
+            task = parse_task(message.topic, "release")
+            release = wire.unpack(message.payload, ReleaseMessage, limit)
+            return self._participation.handle(core.ReleaseArrived(task, release), now)
+        task = parse_task(message.topic, "round")
+        return self._participation.handle(core.OfferArrived(task, wire.unpack(message.payload, Signed, 65_536)), now)
+
+    def _link_up(self, event: LinkUp, now: Instant) -> Sequence[Effect]:
+        self._link_cause = ""
+        tell(Event.LINK_UP, packet_max=event.packet_max)
+        self._link.subscribe(TASK_RELEASES, TASK_ROUNDS, self._topics.command(self._device, "+"))
+        return self._participation.handle(core.Connected(), now)
+
+    def _link_down(self, cause: str, now: Instant) -> Sequence[Effect]:
+        if cause != self._link_cause:
+            tell(Event.LINK_DOWN, cause=cause)
+        self._link_cause = cause
+        return self._participation.handle(core.Disconnected(), now)
+
+    def _trainer_exited(self, event: TrainerExited, now: Instant) -> Sequence[Effect]:
+        if event.cause in ("stopped", "exited"):
+            tell(Event.TRAINER_STOPPED, pid=event.pid)
+        else:
+            self._counts["trainer_died"] += 1
+            tell(Event.TRAINER_DIED, pid=event.pid, cause=event.cause, code=event.code, signal=event.signal)
+        if event.pid != self._job_pid:
+            return []
+        self._job_pid = None
+        detail = f"exit status {event.code}" if event.signal is None else f"signal {event.signal}"
+        return self._participation.handle(core.TrainerGone(event.cause, detail), now)
+
+    def _asked(self, event: ControlRequest, now: Instant) -> Sequence[Effect]:
+        match event.request.verb:
+            case "status":
+                event.reply(self._status(now))
+                return []
+            case "pause":
+                seconds = event.request.seconds
+                sensors.pause(self._config.device.state_dir, None if seconds is None else now.utc + seconds)
+                tell(Event.DEVICE_PAUSED, seconds=seconds)
+                event.reply({"paused": True, "seconds": seconds})
+            case "resume":
+                sensors.resume(self._config.device.state_dir)
+                tell(Event.DEVICE_RESUMED)
+                event.reply({"paused": False})
+        return self._participation.handle(core.Wake(), now)
+
+    # -- the shell's side --------------------------------------------------------------------------------------
+
+    def refused(self, event: ServiceEvent | Tick, error: RemoteProtocolError) -> None:
+        """Count and tell; nothing has changed."""
+        self._refused[error.reason.value] += 1
+        topic = event.topic if isinstance(event, Message) else type(event).__name__
+        tell(Event.MESSAGE_REFUSED, topic=topic, reason=error.reason.value, detail=error.detail)
+
+    def settle(self, event: ServiceEvent | Tick) -> None:
+        """A clean session acknowledges by itself."""
+
+    def commit(self, effects: Sequence[Effect]) -> None:
+        """Positions and release files, fsynced, before anything acts on them."""
+        for effect in effects:
+            match effect:
+                case core.KeepRelease():
+                    self._store.keep_release(effect.task, effect.message, effect.manifest_position, effect.position)
+                case core.KeepOffer():
+                    self._store.keep_offer(effect.task, effect.position)
+                case core.SendUpdate():
+                    self._store.keep_worked(effect.task, effect.position)
+                case _:
+                    pass
+
+    def perform(self, effect: Effect) -> Iterable[core.Event]:
+        """Carry one effect out."""
+        match effect:
+            case core.KeepRelease():
+                self._counts["releases_accepted"] += 1
+                tell(
+                    Event.RELEASE_ACCEPTED,
+                    task=effect.task,
+                    version=effect.manifest.version,
+                    release=effect.release.number,
+                    bytes=effect.release.weights.size,
+                )
+            case core.KeepOffer():
+                pass
+            case core.Sense():
+                facts = self._sensors.read(read_clock(), self._trainer.pid, effect.working, effect.trained)
+                yield core.Sensed(facts)
+            case core.Train():
+                yield from self._train(effect)
+            case core.StopTraining():
+                self._trainer.stop(kill=True)
+                self._job_pid = None
+                self._drop(effect.id)
+                tell(
+                    Event.TRAINING_STOPPED,
+                    task=effect.task,
+                    round=effect.round,
+                    why=effect.why,
+                    obstacles=[obstacle.text for obstacle in effect.obstacles] or None,
+                )
+            case core.TrainingFailed():
+                self._counts["training_failed"] += 1
+                self._drop(effect.id)
+                tell(
+                    Event.TRAINING_FAILED,
+                    task=effect.task,
+                    round=effect.round,
+                    reason=effect.reason,
+                    detail=effect.detail,
+                    retry=effect.retry,
+                )
+            case core.RestTrainer():
+                self._trainer.stop()
+            case core.SendUpdate():
+                self._send_update(effect)
+            case core.Settled():
+                self._settled(effect)
+            case core.ShowProgress(progress=progress):
+                tell(
+                    Event.TRAINING_PROGRESSED,
+                    task=effect.task,
+                    round=effect.round,
+                    phase=progress.phase,
+                    epoch=f"{progress.epoch}/{progress.epochs}",
+                    step=progress.step,
+                    loss=progress.loss,
+                )
+            case core.EligibilityChanged():
+                event = Event.DEVICE_ELIGIBLE if effect.eligible else Event.DEVICE_BLOCKED
+                tell(event, obstacles=[obstacle.text for obstacle in effect.obstacles] or None)
+            case core.PublishStatus():
+                status = core.status(effect, self._session, read_clock().utc)
+                self._publish(self._topics.device_status(self._device), wire.pack(status), qos=0, retain=True)
+            case _:
+                assert_never(effect)
+
+    # -- training --
+
+    def _train(self, effect: core.Train) -> Iterable[core.Event]:
+        manifest, offer = effect.manifest, effect.offer
+        data = self._config.data[manifest.data.dataset]
+        train, evaluate, weights = self._store.files(manifest.task, manifest, effect.release)
+        job = Job(
+            id=effect.id,
+            task=manifest.task,
+            opset=manifest.opset,
+            layout=manifest.layout,
+            train_graph=str(train),
+            eval_graph=str(evaluate),
+            weights=str(weights),
+            training=manifest.training,
+            data=manifest.data,
+            source=Source(kind=data.format, path=str(data.path)),
+            metric=manifest.metric,
+            seed=effect.seed,
+            clip=offer.clip,
+            codec=manifest.codec,
+            hpke_key=offer.hpke_key,
+            context=effect.context,
+            output=str(self._body(effect.id)),
+            threads=self._threads,
+        )
+        fresh = self._trainer.pid is None
+        try:
+            self._trainer.submit(job)
+        except TrainingError as error:
+            yield core.TrainerGone(error.reason, error.detail)
+            return
+        self._job_pid = self._trainer.pid
+        if fresh:
+            tell(Event.TRAINER_STARTED, pid=self._job_pid)
+        tell(Event.TRAINING_STARTED, task=manifest.task, round=offer.round, release=effect.release.number)
+
+    def _send_update(self, effect: core.SendUpdate) -> None:
+        done = effect.done
+        tell(
+            Event.TRAINING_FINISHED,
+            task=effect.task,
+            round=effect.round,
+            examples=done.examples,
+            steps=done.steps,
+            loss=done.loss,
+            seconds=done.seconds,
+            **{f"metric_{name}": value for name, value in done.metrics.items()},
+        )
+        body = self._body(effect.id).read_bytes()
+        signature = identity.sign_head(self._key, effect.head)
+        message = wire.pack(UpdateMessage(v=1, head=effect.head, sig=signature, body=body))
+        topic = self._topics.head(shard(self._device, effect.shards), self._device, effect.digest.hex()[:32])
+        self._last_update = {"task": effect.task, "round": effect.round, "outcome": "sent"}
+        if self._publish(topic, message):
+            self._counts["updates_sent"] += 1
+            tell(Event.UPDATE_SENT, task=effect.task, round=effect.round, bytes=len(message))
+        self._drop(effect.id)
+
+    def _settled(self, effect: core.Settled) -> None:
+        self._counts[f"updates_{effect.outcome.value}"] += 1
+        self._last_update = {"task": effect.task, "round": effect.round, "outcome": effect.outcome.value}
+        tell(
+            Event.UPDATE_ANSWERED,
+            task=effect.task,
+            round=effect.round,
+            outcome=effect.outcome.value,
+            reason=effect.reason or None,
+        )
+
+    def _body(self, job: str) -> Path:
+        return self._store.outbox / f"{job}.body"
+
+    def _drop(self, job: str) -> None:
+        self._body(job).unlink(missing_ok=True)
+
+    def _publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
+        try:
+            self._link.publish(topic, payload, qos=qos, retain=retain)
+        except LinkError as error:
+            self._counts["publish_refused"] += 1
+            tell(Event.PUBLISH_REFUSED, topic=topic, cause=str(error))
+            return False
+        return True
+
+    # -- what people see --
+
+    def _presence(self, *, online: bool) -> bytes:
+        return wire.pack(
+            DeviceStatus(
+                v=1,
+                session=self._session,
+                online=online,
+                version=VERSION,
+                opsets=[],
+                eligible=False,
+                obstacles=[],
+                datasets=[],
+            )
+        )
+
+    def _summary(self) -> str:
+        """One line for `systemctl status`."""
+        part, link = self._participation, "connected" if self._link.connected else "not connected"
+        newest = ", ".join(
+            f"{task.name} release {task.release.number}" for task in part.tasks.values() if task.release is not None
+        )
+        if part.work is not None:
+            doing = f"training {part.work.task} round {part.work.offer.round}"
+        elif part.eligible:
+            doing = "ready"
+        else:
+            doing = "waiting: " + ("; ".join(obstacle.text for obstacle in part.obstacles) or "settling")
+        return f"{link}; {newest or 'no model yet'}; {doing}"
+
+    def _status(self, now: Instant) -> Mapping[str, object]:
+        part = self._participation
+        received, sent = self._link.bytes_moved()
+        return {
+            "device": self._device,
+            "version": VERSION,
+            "pid": os.getpid(),
+            "uptime": round(now.mono - self._started.mono, 1),
+            "link": {
+                "connected": self._link.connected,
+                "broker": f"{self._config.broker.host}:{self._config.broker.port}",
+                "cause": self._link_cause or None,
+                "bytes_received": received,
+                "bytes_sent": sent,
+            },
+            "state": "training" if part.work is not None else "ready" if part.eligible else "waiting",
+            "eligible": part.eligible,
+            "obstacles": [
+                {"name": each.name.value, "value": each.value, "threshold": each.threshold, "text": each.text}
+                for each in part.obstacles
+            ],
+            "training": None
+            if part.work is None
+            else {
+                "task": part.work.task,
+                "round": part.work.offer.round,
+                "epoch": part.progress.epoch if part.progress is not None else 0,
+                "step": part.progress.step if part.progress is not None else 0,
+            },
+            "last_update": self._last_update,
+            "tasks": {task.name: _shown(task) for task in part.tasks.values()},
+            "memory": {"agent": rss(os.getpid()), "trainer": self._trainer.rss()},
+            "counts": dict(sorted(self._counts.items())),
+            "refused": dict(sorted(self._refused.items())),
+        }
+
+
+def run(config: AgentConfig) -> None:
+    """`edge-agent run`: until SIGTERM or SIGINT."""
+    logs.configure(config.log.level, config.log.format, environ=os.environ, identifier="edge-agent")
+    service = Service(config, read_clock())
+    on_termination(lambda number: service.mailbox.post(Stop(number)))
+    service.run()
+
+
+def _restore(kept: Kept) -> Task:
+    """A task as the store knows it."""
+    task = Task(kept.name, offer_position=kept.offer_position, worked=kept.worked)
+    if kept.manifest is None or kept.release is None:
+        return task
+    with contextlib.suppress(RemoteProtocolError):
+        manifest = wire.unpack(kept.manifest.payload, TaskManifest)
+        task.release = wire.unpack(kept.release.payload, Release)
+        task.manifest_signed, task.manifest = kept.manifest, manifest
+        task.manifest_position, task.release_position = kept.manifest_position, kept.release_position
+    return task
+
+
+def _shown(task: Task) -> dict[str, object]:
+    return {
+        "version": task.manifest.version if task.manifest is not None else None,
+        "release": task.release.number if task.release is not None else None,
+        "round": task.offer.round if task.offer is not None else None,
+        "round_state": task.offer.state.value if task.offer is not None else None,
+        "rounds": task.manifest.plan.rounds if task.manifest is not None else None,
+        "last_round_trained": task.worked[1],
+    }
+
+
+def _device_name(config: AgentConfig, certified: str) -> str:
+    path = str(config.broker.cert)
+    if not is_name(certified):
+        raise ConfigError(path, "broker.cert", f"names {certified!r}, which cannot be a device")
+    if config.device.name not in (None, certified):
+        raise ConfigError(path, "device.name", f"is {config.device.name}, but the certificate is of {certified}")
+    return certified

@@ -7,7 +7,6 @@ end is not after its start runs over midnight and belongs to the day on which it
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta, tzinfo
 from itertools import pairwise
 from typing import Self
@@ -21,16 +20,27 @@ _HORIZON = 9
 _TIME = re.compile(r"([01]?\d|2[0-4]):([0-5]\d)")
 
 
-@dataclass(frozen=True, slots=True)
 class Window:
-    """A window such as "22:00-06:00", "mon-fri 18:00-07:00" or "sat,sun 00:00-24:00"."""
+    """a window such as "22:00-06:00", "mon-fri 18:00-07:00" or "sat,sun 00:00-24:00"."""
 
-    days: frozenset[int]
-    """Weekdays on which it starts; 0 is Monday."""
-    start: int
-    """Minutes after midnight, below 1440."""
-    end: int
-    """Minutes after midnight, up to 1440; not after `start`: on the next day."""
+    # Not a dataclass: a configuration writes it as text, and msgspec would make a table of one.
+    __slots__ = ("days", "end", "start")
+
+    def __init__(self, days: frozenset[int], start: int, end: int) -> None:
+        """It starts on each of the weekdays `days` (0 is Monday); times are minutes after midnight.
+
+        `start` is below 1440, `end` at most 1440; an `end` not after `start` is on the next day.
+        """
+        self.days, self.start, self.end = days, start, end
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Window) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __repr__(self) -> str:
+        return f"Window.parse({str(self)!r})"
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -71,8 +71,8 @@ class Trainer(Section, frozen=True):
 
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     """CPU threads; 0: all CPUs this process may use but one, at least one, so that the device stays responsive."""
-    memory_max: Bytes = 4 << 30
-    """Bytes that the trainer may take before it fails; 0: no limit of ours."""
+    memory_max: Bytes = 2 << 30
+    """Bytes of private memory that the trainer may take before it fails; 0: no limit of ours."""
     timeout: Annotated[float, Meta(ge=1.0, le=604_800.0)] = 3600.0
     """Seconds for one round's training: a valid graph can still ask for too much."""
     idle_exit: Seconds = 120.0

@@ -63,11 +63,8 @@ class ControlServer:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.unlink(missing_ok=True)
-            before = os.umask(0o117)
-            try:
-                listener.bind(str(self._path))
-            finally:
-                os.umask(before)
+            listener.bind(str(self._path))
+            os.chmod(self._path, 0o660)
             listener.listen(8)
         except OSError as error:
             listener.close()

@@ -13,7 +13,7 @@ import difflib
 import re
 import tomllib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from enum import Enum
 from pathlib import Path
 from typing import (
@@ -46,7 +46,10 @@ class Section(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 @runtime_checkable
 class Parsed(Protocol):
-    """A value written as text. `parse` raises ValueError with advice; `str()` gives the text back."""
+    """A value written as text. `parse` raises ValueError with advice; `str()` gives the text back.
+
+    Its docstring's first line says what to write. Not for dataclasses and Structs: those are tables.
+    """
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -156,16 +159,29 @@ class _Reader:
     # -- values --------------------------------------------------------------------------------------------------
 
     def build(self, hint: Any, value: Any, key: str) -> Any:
-        kinds = _alternatives(hint)
-        structs = [kind for kind in kinds if _is_struct(kind)]
+        structs = [kind for kind in _alternatives(hint) if _is_struct(kind)]
         if structs and isinstance(value, dict):
             return self._struct(structs, value, key)
-        for kind in kinds:
-            if get_origin(kind) is dict and isinstance(value, dict) and _is_struct(*_alternatives(get_args(kind)[1])):
+        for kind, metas in _members(hint):
+            if get_origin(kind) is dict and isinstance(value, dict):
                 names, inner = get_args(kind)
-                self._check(dict[names, bool], dict.fromkeys(value, True), key, value)  # type: ignore[valid-type]
-                return {name: self.build(inner, item, _join(key, name)) for name, item in value.items()}
+                if _is_struct(*_alternatives(inner)):
+                    self._count(metas, value, key)
+                    below = {name: _join(key, name) for name in value}
+                    return {
+                        self._leaf(names, name, at): self.build(inner, value[name], at) for name, at in below.items()
+                    }
+            if get_origin(kind) is list and isinstance(value, list) and _is_struct(*_alternatives(get_args(kind)[0])):
+                self._count(metas, value, key)
+                return [self.build(get_args(kind)[0], item, f"{key}[{at}]") for at, item in enumerate(value)]
         return self._leaf(hint, value, key)
+
+    def _count(self, metas: list[Meta], value: Sized, key: str) -> None:
+        for meta in metas:
+            least, most = meta.min_length or 0, meta.max_length
+            if len(value) < least or (most is not None and len(value) > most):
+                bound = f"at least {least}" if most is None else f"from {least} to {most}"
+                raise self._error(key, f"must have {bound} entries; it has {len(value)}")
 
     def _struct(self, structs: list[type[Struct]], value: dict[str, Any], key: str) -> Struct:
         kind, value = self._choose(structs, value, key)
@@ -203,12 +219,12 @@ class _Reader:
         return tags[tag], {name: item for name, item in value.items() if name != field}
 
     def _leaf(self, hint: Any, value: Any, key: str) -> Any:
-        found = self._check(hint, value, key, value)
+        found = self._check(hint, value, key)
         if get_origin(hint) is Annotated and _Must.READ in hint.__metadata__:
             self._readable(found, key)
         return found
 
-    def _check(self, hint: Any, value: Any, key: str, shown: Any) -> Any:
+    def _check(self, hint: Any, value: Any, key: str) -> Any:
         try:
             return msgspec.convert(value, hint, strict=True, dec_hook=self._text)
         except msgspec.ValidationError as error:
@@ -221,7 +237,7 @@ class _Reader:
                 ) from None
             inside = at["at"].replace("[...]", "") if at else ""
             said = "" if text.startswith(("Expected", "Invalid")) and not inside else f" ({text})"
-            advice = f"must be {_describe(hint)}; it is {_shown(shown)}{_close(value, _choices(hint))}{said}"
+            advice = f"must be {_describe(hint)}; it is {_shown(value)}{_close(value, _choices(hint))}{said}"
             raise self._error(key + inside, advice) from None
 
     def _text(self, kind: Any, value: object) -> object:
@@ -279,12 +295,17 @@ def _join(key: str, name: str) -> str:
 # -- types, and how to say them to a person ------------------------------------------------------------------------
 
 
-def _alternatives(hint: Any) -> list[Any]:
+def _members(hint: Any, metas: tuple[Any, ...] = ()) -> list[tuple[Any, list[Meta]]]:
+    """What a value may be, each with its own limits."""
     if get_origin(hint) is Annotated:
-        return _alternatives(hint.__origin__)
+        return _members(hint.__origin__, metas + hint.__metadata__)
     if get_origin(hint) in (Union, types.UnionType):
-        return [kind for member in get_args(hint) for kind in _alternatives(member)]
-    return [hint]
+        return [member for part in get_args(hint) for member in _members(part, metas)]
+    return [(hint, [meta for meta in metas if isinstance(meta, Meta)])]
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    return [kind for kind, _ in _members(hint)]
 
 
 def _is_struct(*kinds: Any) -> bool:
@@ -311,16 +332,15 @@ def _choices(hint: Any) -> list[str]:
 
 
 def _describe(hint: Any) -> str:
-    metas = [meta for meta in getattr(hint, "__metadata__", ()) if isinstance(meta, Meta)]
-    for meta in metas:
-        if meta.description:
-            return meta.description
-    said = [_kind(kind, metas) for kind in _alternatives(hint) if kind is not type(None)]
+    said = [_kind(kind, metas) for kind, metas in _members(hint) if kind is not type(None)]
     return " or ".join(dict.fromkeys(said))
 
 
 def _kind(kind: Any, metas: list[Meta]) -> str:
     origin = get_origin(kind)
+    described = [meta.description for meta in metas if meta.description]
+    if described:
+        return described[-1]
     if _choices(kind):
         return _one_of(_choices(kind))
     if kind is bool:

@@ -7,6 +7,7 @@ out, only their size or type, so no payload, key or gradient can slip in. Writin
 """
 
 import array
+import errno
 import json
 import logging
 import os
@@ -63,9 +64,11 @@ def configure(
     else:
         write = _Lines(stream)
 
+    steady = clean(always)
+
     def finish(_: Any, method: str, event_dict: MutableMapping[str, Any]) -> Any:
         event = event_dict.pop("event")
-        write(event, method, {**clean(always), **clean(event_dict)})
+        write(event, method, {**steady, **clean(event_dict)})
         raise structlog.DropEvent
 
     structlog.configure(
@@ -207,8 +210,6 @@ class _Journal:
         try:
             self._socket.sendto(record, self._address)
         except OSError as error:
-            import errno
-
             if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
                 raise
             self._send_file(record)

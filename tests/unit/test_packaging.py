@@ -23,6 +23,8 @@ SHELL = {
     "shared.cli",
     "shared.config",
     "shared.driver",
+    "shared.files",
+    "shared.identity",
     "shared.logs",
     "shared.mqtt",
     "shared.systemd",

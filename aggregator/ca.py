@@ -437,7 +437,7 @@ def _replace(path: Path, data: bytes) -> None:
 def _restore(path: Path, data: bytes | None) -> None:
     if data is None:
         path.unlink(missing_ok=True)
-    else:
+    elif path.read_bytes() != data:
         _replace(path, data)
 
 

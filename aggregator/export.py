@@ -7,8 +7,10 @@ publisher's module is left as it was.
 """
 
 import contextlib
+import io
 import logging
 import operator
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -169,9 +171,19 @@ class _Training(nn.Module):
         self.loss = loss
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        buffers = dict(self.named_buffers())
         if self.loss is None:
-            return _scalar(self.module(*tensors))
-        return _scalar(_apply(self.loss, self.module(*tensors[:-1]), tensors[-1]))
+            loss = self.module(*tensors)
+        else:
+            loss = _apply(self.loss, self.module(*tensors[:-1]), tensors[-1])
+        for name, buffer in self.named_buffers():
+            # Torch traces an assignment as nothing at all: the buffer would silently stay what it was.
+            if buffers.get(name) is not buffer:
+                raise ExportError(
+                    f"forward assigns a new tensor to the buffer {name.removeprefix('module.')}: "
+                    "change it in place, for example with .add_() or .copy_()"
+                )
+        return _scalar(loss)
 
 
 class _Evaluating(_Training):
@@ -179,8 +191,10 @@ class _Evaluating(_Training):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         outputs = self.module(*tensors[:-1])
+        # Aliases, because the trace would name an output by what the loss makes of it where both are one object.
+        kept = [torch.ops.aten.alias.default(output) for output in _tensors(outputs)]
         loss = self.module(*tensors) if self.loss is None else _apply(self.loss, outputs, tensors[-1])
-        return (*_tensors(outputs), _scalar(loss))
+        return (*kept, _scalar(loss))
 
 
 def _apply(loss: Callable[..., Any], outputs: Any, target: torch.Tensor) -> Any:
@@ -230,14 +244,28 @@ def export(
     named = _loss(loss)
     layout, tensors = _layout(module)
     with _undisturbed(module, loss):
-        train = _graph("train", _Training(module, named), layout, inputs, target)
-        evaluate = _graph("eval", _Evaluating(module, named), layout, inputs, target)
-        encoded = [_prove(graph, layout, inputs, target, limits) for graph in (train, evaluate)]
+        train = _convert("train", _Training(module, named), layout, inputs, target, limits)
+        evaluate = _convert("eval", _Evaluating(module, named), layout, inputs, target, limits)
     try:
         weights = save(layout, {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()})
     except RemoteProtocolError as error:
         raise ExportError(f"the weights cannot be released: {error.detail}") from None
-    return Exported(encoded[0], encoded[1], layout, weights)
+    return Exported(train, evaluate, layout, weights)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Modules that are made inside draw the same initial weights for the same `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def module(found: object, spec: str) -> nn.Module:
+    """`found`, which the publisher named as `spec`, if it is a module; else ExportError."""
+    if not isinstance(found, nn.Module):
+        raise ExportError(f"{spec} is a {type(found).__name__}; name an nn.Module or a function that returns one")
+    return found
 
 
 def _loss(loss: str | nn.Module | None) -> Callable[..., Any] | None:
@@ -293,55 +321,53 @@ def _undisturbed(module: nn.Module, loss: str | nn.Module | None) -> Iterator[No
     modules = [*module.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
     modes = [part.training for part in modules]
     fused = torch.backends.mha.get_fastpath_enabled()
-    logger = logging.getLogger("torch")
-    level = logger.level
+    silenced = logging.root.manager.disable
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        logger.setLevel(logging.CRITICAL)
+        logging.disable(logging.CRITICAL)
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(silenced)
         torch.backends.mha.set_fastpath_enabled(fused)
         for part, mode in zip(modules, modes, strict=True):
             part.training = mode
 
 
-def _graph(
+def _convert(
     kind: Kind,
     wrapped: _Training,
     layout: Sequence[TensorSpec],
     inputs: Sequence[TensorContract],
     target: TensorContract,
-) -> Graph:
+    limits: Limits,
+) -> bytes:
+    """One graph's bytes, after the same checks that a device makes."""
     wrapped.train(kind == "train")
     ports = [*inputs, target]
+    conversion = _Conversion(kind, _trace(kind, wrapped, ports), layout, ports)
+    data = encode(conversion.graph())
+    try:
+        check(parse(data, limits), kind, layout, inputs, target, limits)
+    except RemoteProtocolError as error:
+        row = re.match(r"row (\d+), ", error.detail)
+        where = conversion.origins[int(row[1])] if row else ""
+        raise ExportError(f"devices would refuse the {kind} graph: {error.detail}{where}") from None
+    return data
+
+
+def _trace(kind: Kind, wrapped: _Training, ports: Sequence[TensorContract]) -> torch.export.ExportedProgram:
     examples = tuple(torch.zeros([_BATCH, *port.shape], dtype=_TORCH[port.dtype]) for port in ports)
     batch = torch.export.Dim("batch")
     try:
-        program = torch.export.export(wrapped, examples, dynamic_shapes=(tuple({0: batch} for _ in ports),))
+        # Torch prints whole graphs to stderr where it fails; ExportError says it in one line.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return torch.export.export(wrapped, examples, dynamic_shapes=(tuple({0: batch} for _ in ports),))
     except ExportError as error:
         raise ExportError(f"{error} ({kind} mode)") from None
     except _TRACING_ERRORS as error:
         raise ExportError(_explain(error, kind)) from error
-    return _Conversion(kind, program, layout, ports).graph()
-
-
-def _prove(
-    graph: Graph,
-    layout: Sequence[TensorSpec],
-    inputs: Sequence[TensorContract],
-    target: TensorContract,
-    limits: Limits,
-) -> bytes:
-    """The graph's bytes, after the same checks that a device makes."""
-    data = encode(graph)
-    try:
-        check(parse(data, limits), graph.kind, layout, inputs, target, limits)
-    except RemoteProtocolError as error:
-        raise ExportError(f"devices would refuse the {graph.kind} graph: {error.detail}") from None
-    return data
 
 
 class _Conversion:
@@ -361,6 +387,8 @@ class _Conversion:
         self._numbers: dict[str, int] = {}
         self._constants: list[Constant] = []
         self._rows: list[Row] = []
+        self.origins: list[str] = []
+        """Where each row comes from, as text to add to a message."""
 
     def graph(self) -> Graph:
         """Number the values, then convert every node that matters."""
@@ -373,6 +401,7 @@ class _Conversion:
                 row = self._row(node)
                 self._numbers[node.name] = first + len(self._rows)
                 self._rows.append(row)
+                self.origins.append(_where(node))
         return Graph(
             self._kind,
             OPSET_VERSION,
@@ -521,12 +550,23 @@ def _where(node: torch.fx.Node) -> str:
     paths = [path for path, _ in stack.values() if path.startswith("module.")]
     if paths:
         parts.append(f"in {paths[-1].removeprefix('module.')}")
-    places = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()[:5] == "File "]
+    trace = next((inner.meta["stack_trace"] for inner in _within(node) if inner.meta.get("stack_trace")), "")
+    places = [line.strip() for line in trace.splitlines() if line.strip()[:5] == "File "]
     own = [place for place in places if not _is_ours(place.split('"')[1])] or places
     if own:
         _, path, rest = own[-1].split('"', 2)
         parts.append(f"at {path}:{rest.removeprefix(', line ').split(',')[0]}")
     return f" ({', '.join(parts)})" if parts else ""
+
+
+def _within(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """A node and, if it runs other graphs, theirs."""
+    yield node
+    for source in node.all_input_nodes:
+        if source.op == "get_attr" and node.graph.owning_module is not None:
+            part = getattr(node.graph.owning_module, str(source.target), None)
+            if isinstance(part, torch.fx.GraphModule):
+                yield from part.graph.nodes
 
 
 def _explain(error: BaseException, kind: Kind) -> str:
@@ -541,7 +581,7 @@ def _explain(error: BaseException, kind: Kind) -> str:
     if "Constraints violated" in said or "specialized" in said:
         guards = [line.strip(" -") for line in said.splitlines() if line.strip().startswith("- ")]
         first = guards[0] if guards else said.splitlines()[0]
-        what = f"the module does not take batches of every size: {first:.300}"
+        what = f"the module does not take batches of every size: {first.split('. If you')[0]:.300}"
         remedy = "write it for any batch size: no fixed first dimension, no assumption on x.shape[0]"
     elif "data-dependent" in said or "DataDependent" in type(error).__name__:
         what = f"what forward does depends on the values of a tensor: {said.splitlines()[0]:.200}"

@@ -170,7 +170,9 @@ _ENUMS: Final[Mapping[str, type[DType] | type[MemoryFormat] | type[Strides]]] = 
 _INT_MAX: Final = 2**63 - 1
 _STRING_MAX: Final = 256
 _SCALE_MAX: Final = 1_024
-_EQUATION: Final = re.compile(r"[A-Za-z]{0,16}(,[A-Za-z]{0,16}){0,15}(->[A-Za-z]{0,16})?")
+_EQUATION: Final = re.compile(
+    r"[A-Za-z ]*(\.\.\.[A-Za-z ]*)?(,[A-Za-z ]*(\.\.\.[A-Za-z ]*)?)*(->[A-Za-z ]*(\.\.\.[A-Za-z ]*)?)?"
+)
 
 
 # -- bytes to graph and back -------------------------------------------------------------------------------------

@@ -334,6 +334,7 @@ aten.unsqueeze.default (self:T dim:i) -> T [view]
 aten.expand.default (self:T size:n[] * implicit:b=) -> T [view]
 aten.expand_as.default (self:T other:T) -> T [view]
 aten.broadcast_to.default (self:T size:n[]) -> T [view]
+aten.broadcast_tensors.default (tensors:T[]) -> T[] [view]
 aten.contiguous.default (self:T * memory_format:memory=) -> T [view]
 aten.clone.default (self:T * memory_format:memory?=) -> T
 aten.detach.default (self:T) -> T [view]

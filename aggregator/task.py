@@ -21,6 +21,7 @@ from shared.messages import (
     Conditions,
     DataContract,
     FedAvg,
+    Fraction,
     MeanServer,
     Name,
     NotBelow,
@@ -73,20 +74,18 @@ class TrainingSection(Section, frozen=True, kw_only=True):
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: Above
     """Learning rate."""
-    momentum: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
-    """sgd only; 0 unless given."""
-    beta1: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
-    """adam only; 0.9 unless given."""
-    beta2: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
-    """adam only; 0.999 unless given."""
-    eps: Above | None = None
-    """adam only; 1e-8 unless given."""
+    momentum: Fraction = 0.0
+    """sgd only."""
+    beta1: Fraction = 0.9
+    """adam only, as beta2 and eps are."""
+    beta2: Fraction = 0.999
+    eps: Above = 1e-8
     weight_decay: NotBelow = 0.0
     batch_size: Annotated[int, Meta(ge=1, le=65_536)]
     """Examples."""
-    epochs: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    epochs: Annotated[int, Meta(ge=0, le=10_000)] = 0
     """Passes over the local data in a round; give this or `steps`."""
-    steps: Annotated[int, Meta(ge=1, le=10_000_000)] | None = None
+    steps: Annotated[int, Meta(ge=0, le=10_000_000)] = 0
     """Optimizer steps in a round; give this or `epochs`."""
     gradient_clip: NotBelow = 0.0
     """L2 norm that each step's gradient is clipped to; 0 does not clip."""
@@ -175,11 +174,20 @@ def _check(path: Path, task: TaskFile) -> None:
         return ConfigError(str(path), key, advice)
 
     training, plan, data = task.training, task.plan, task.data
-    if (training.epochs is None) == (training.steps is None):
+    if (training.epochs > 0) == (training.steps > 0):
         raise refuse("training.epochs", "give exactly one of epochs (passes over the data) and steps (optimizer steps)")
-    other = ("momentum",) if training.optimizer == "adam" else ("beta1", "beta2", "eps")
-    for key in other:
-        if getattr(training, key) is not None:
+    adam, plain = Adam(lr=training.lr), Sgd(lr=training.lr)
+    misplaced = (
+        {"momentum": training.momentum != plain.momentum}
+        if training.optimizer == "adam"
+        else {
+            "beta1": training.beta1 != adam.beta1,
+            "beta2": training.beta2 != adam.beta2,
+            "eps": training.eps != adam.eps,
+        }
+    )
+    for key, found in misplaced.items():
+        if found:
             raise refuse(f"training.{key}", f'optimizer = "{training.optimizer}" has no such setting; remove it')
     if plan.min_updates > plan.goal:
         raise refuse("plan.min_updates", f"must be from 1 to goal, which is {plan.goal}; it is {plan.min_updates}")
@@ -199,16 +207,20 @@ def _check(path: Path, task: TaskFile) -> None:
 def _training(section: TrainingSection) -> Training:
     optimizer: Sgd | Adam
     if section.optimizer == "sgd":
-        optimizer = Sgd(lr=section.lr, momentum=section.momentum or 0.0, weight_decay=section.weight_decay)
+        optimizer = Sgd(lr=section.lr, momentum=section.momentum, weight_decay=section.weight_decay)
     else:
-        given = {"beta1": section.beta1, "beta2": section.beta2, "eps": section.eps}
-        chosen = {key: value for key, value in given.items() if value is not None}
-        optimizer = Adam(lr=section.lr, weight_decay=section.weight_decay, **chosen)
+        optimizer = Adam(
+            lr=section.lr,
+            beta1=section.beta1,
+            beta2=section.beta2,
+            eps=section.eps,
+            weight_decay=section.weight_decay,
+        )
     return Training(
         optimizer=optimizer,
         batch_size=section.batch_size,
-        epochs=section.epochs or 0,
-        steps=section.steps or 0,
+        epochs=section.epochs,
+        steps=section.steps,
         gradient_clip=section.gradient_clip,
         holdout=section.holdout,
     )

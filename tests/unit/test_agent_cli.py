@@ -1,0 +1,151 @@
+"""edge_agent.cli: the device's command line, against a real socket and real files."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aggregator import ca
+from edge_agent import cli
+from edge_agent.control import ControlRequest, ControlServer, Request
+from shared.version import VERSION
+
+NOW = 1_795_000_000.0
+COMMANDS = [["run"], ["status"], ["pause"], ["resume"], ["config"], ["config", "check"]]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that enrols a device, made by the product."""
+    folder = tmp_path_factory.mktemp("fleet")
+    ca.init_fleet(folder / "fleet", "test-fleet", ["localhost"], now=NOW, passphrase=None)
+    return ca.add_device(folder / "fleet", "sensor-1", folder / "sensor-1", now=NOW, passphrase=None)
+
+
+@pytest.fixture
+def config(bundle: Path, tmp_path: Path) -> Path:
+    """The device's configuration with a runtime folder of the test's own."""
+    shutil.copytree(bundle, tmp_path / "etc")
+    path = tmp_path / "etc" / "agent.toml"
+    text = path.read_text(encoding="utf-8")
+    assert "[device]\n" in text
+    path.write_text(text.replace("[device]\n", '[device]\nrun_dir = "../run"\n'), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS])
+def test_help_is_complete(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command explains itself, every option has its words, and the exit codes are there."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and "exit codes:" in out and "78" in out
+    assert command == ["config"] or "example" in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """--version prints the one version."""
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"edge-agent {VERSION}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["status", "--jsn"],
+        ["pause", "--for", "long"],
+        ["pause", "--for", "0s"],
+        ["pause", "--for", "366d"],
+    ],
+)
+def test_wrong_usage_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong arguments end with 2 and one line that says where to read more."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and "--help" in err
+
+
+def test_config_check_prints_every_setting(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The effective configuration holds what the file says and the defaults, with absolute paths."""
+    assert cli.main(["config", "check", "--config", str(config), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["broker"]["host"] == "localhost"
+    assert found["broker"]["cert"] == str(config.parent / "device.crt")
+    assert "idle_exit" in found["trainer"]
+    assert cli.main(["config", "check", "--config", str(config)]) == 0
+    assert "localhost" in capsys.readouterr().out
+
+
+def test_config_check_obeys_the_environment(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FIELDFARE_SECTION__KEY overrides the file."""
+    monkeypatch.setenv("FIELDFARE_BROKER__PORT", "8884")
+    assert cli.main(["config", "check", "--config", str(config), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["broker"]["port"] == 8884
+
+
+@pytest.mark.parametrize("command", [["config", "check"], ["run"], ["status"]])
+def test_a_bad_configuration_is_78(config: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong configuration ends every command with 78 and names file and key."""
+    config.write_text(config.read_text(encoding="utf-8").replace("[device]", "[device]\nnmae = 1"), encoding="utf-8")
+    assert cli.main([*command, "--config", str(config)]) == 78
+    err = capsys.readouterr().err
+    assert str(config) in err and "device.nmae" in err and err.count("\n") == 1
+
+
+def test_a_missing_configuration_is_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A configuration that is not there is named."""
+    assert cli.main(["status", "--config", str(tmp_path / "none.toml")]) == 78
+    assert str(tmp_path / "none.toml") in capsys.readouterr().err
+
+
+def test_no_agent_is_5(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asking an agent that does not run ends with 5."""
+    assert cli.main(["status", "--config", str(config)]) == 5
+    assert "not running" in capsys.readouterr().err
+
+
+def test_status_pause_and_resume_reach_the_agent(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command asks its own question over the socket and prints the answer."""
+    asked: list[Request] = []
+
+    def owner(event: ControlRequest) -> None:
+        asked.append(event.request)
+        event.reply({"state": "idle", "link": {"connected": True}})
+
+    server = ControlServer(config.parent.parent / "run", owner)
+    server.start()
+    try:
+        assert cli.main(["status", "--config", str(config), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"state": "idle", "link": {"connected": True}}
+        assert cli.main(["pause", "--for", "2h", "--config", str(config)]) == 0
+        assert cli.main(["pause", "--config", str(config)]) == 0
+        assert cli.main(["resume", "--config", str(config)]) == 0
+        assert "connected  yes" in capsys.readouterr().out
+    finally:
+        server.stop()
+    assert asked == [Request("status"), Request("pause", 7200.0), Request("pause"), Request("resume")]
+
+
+def test_the_command_line_stays_light() -> None:
+    """Help imports neither torch nor numpy nor anything of the aggregator."""
+    script = """
+import sys
+from edge_agent import cli
+try:
+    cli.main(["--help"])
+except SystemExit:
+    pass
+heavy = {"torch", "numpy", "aggregator", "sqlalchemy", "paho", "cryptography"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

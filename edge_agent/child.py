@@ -139,14 +139,13 @@ def rss(pid: int) -> int | None:
 
 
 class _Child:
-    """One process with its three threads."""
+    """One process with the threads that write to it, listen to it and wait for its end."""
 
     def __init__(self, post: Callable[[Event], None], settings: Settings) -> None:
         self._post, self._settings = post, settings
         self._lock = threading.Lock()
         self.stopping = self._killed = self._garbled = False
         self._ended = threading.Event()
-        self._forwarding = threading.Thread(target=self._forward, name="trainer-forward", daemon=True)
         self.frozen = False
         self.orders: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         command = [settings.python, "-P", "-m", "edge_agent.trainer"]
@@ -165,9 +164,9 @@ class _Child:
         except OSError as error:
             raise TrainingError("trainer", f"{settings.python}: {error.strerror}") from None
         self.pid: Final = self._process.pid
-        self._forwarding.start()
-        for run in (self._write, self._read):
-            threading.Thread(target=run, name=f"trainer-{run.__name__.strip('_')}", daemon=True).start()
+        self._listeners = [_thread(self._read), _thread(self._forward)]
+        _thread(self._write)
+        _thread(self._wait)
 
     @property
     def gone(self) -> bool:
@@ -181,7 +180,7 @@ class _Child:
         if kill:
             self._kill()
         elif first:
-            threading.Thread(target=self._end, name="trainer-end", daemon=True).start()
+            _thread(self._end)
 
     def freeze(self, frozen: bool) -> None:
         with self._lock:
@@ -203,7 +202,7 @@ class _Child:
             self._killed = self._signal(signal.SIGKILL) or self._killed
 
     def _signal(self, number: int) -> bool:
-        """Signal the group, with the lock held: its number stays ours until _read has reaped the child."""
+        """Signal the group, with the lock held: its number stays ours until _wait has reaped the child."""
         if self._ended.is_set():
             return False
         try:
@@ -214,13 +213,13 @@ class _Child:
 
     def _write(self) -> None:
         assert self._process.stdin is not None
-        with self._process.stdin as stdin:
-            try:
+        try:
+            with self._process.stdin as stdin:
                 while (order := self.orders.get()) is not None:
                     stdin.write(order)
                     stdin.flush()
-            except OSError:
-                return  # it has ended; _read tells
+        except OSError:
+            return  # it has ended; _wait tells
 
     def _forward(self) -> None:
         assert self._process.stderr is not None
@@ -238,14 +237,18 @@ class _Child:
             self._garbled = True
             self._post(TrainerWrote(self.pid, f"broke the protocol: {error}"[:_LINE_MAX]))
             self._kill()
+
+    def _wait(self) -> None:
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         with self._lock:
             # Until it is reaped its number is not given away, so this can only reach what it left behind.
             self._signal(signal.SIGKILL)
+        for listener in self._listeners:
+            listener.join(1.0)  # its last words come before the news of its end
+        with self._lock:
             status = self._process.wait()
             self._ended.set()
         self.orders.put(None)
-        self._forwarding.join(1.0)  # its last words come before the news of its end
         code, number = (status, None) if status >= 0 else (None, -status)
         self._post(TrainerExited(self.pid, self._cause(code, number), code, number))
 
@@ -257,6 +260,12 @@ class _Child:
         if code == 0:
             return "exited"
         return "killed" if number == signal.SIGKILL else "crashed"
+
+
+def _thread(run: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=run, name=f"trainer{run.__name__}", daemon=True)
+    thread.start()
+    return thread
 
 
 def _environment(settings: Settings) -> dict[str, str]:

@@ -25,7 +25,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint ## format, lint, types, import contracts, unit tests: under a minute
-	$(BIN)/python -m pytest -q tests/unit $(ARGS)
+	$(BIN)/python -m pytest -q -n logical --dist worksteal tests/unit $(ARGS)
 
 test: ## lint and every test; ARGS='-k wire -x' go to pytest
 	@deploy/setup.sh tests

@@ -11,6 +11,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ SOCKET = "control.sock"
 REQUEST_MAX = 4096
 ANSWER_MAX = 1 << 20
 PATIENCE = 5.0
-"""Seconds that either side waits for the other."""
+"""Seconds that the owner has for an answer; the client waits twice as long."""
+HURRY = 1.0
+"""Seconds in which a client must have asked: until then it keeps others waiting."""
 
 Reply = Callable[[Mapping[str, object]], None]
 
@@ -91,8 +94,9 @@ class ControlServer:
             except OSError:
                 return
             with connection, contextlib.suppress(OSError):
-                connection.settimeout(PATIENCE)
-                connection.sendall(_line(self._answer(_receive(connection, REQUEST_MAX))))
+                answer = self._answer(_receive(connection, REQUEST_MAX, HURRY))
+                connection.settimeout(HURRY)
+                connection.sendall(_line(answer))
 
     def _answer(self, line: bytes) -> Mapping[str, object]:
         try:
@@ -118,7 +122,7 @@ def ask(run_dir: Path, request: Request) -> dict[str, Any]:
             connection.settimeout(2 * PATIENCE)
             connection.connect(str(path))
             connection.sendall(_line(msgspec.to_builtins(request)))
-            line = _receive(connection, ANSWER_MAX)
+            line = _receive(connection, ANSWER_MAX, 2 * PATIENCE)
     except (FileNotFoundError, ConnectionRefusedError):
         raise LinkError(f"the agent is not running (nothing listens at {path})") from None
     except PermissionError:
@@ -152,10 +156,12 @@ def _line(message: Any) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def _receive(connection: socket.socket, limit: int) -> bytes:
-    """Up to the first line feed, the other side's end, or `limit` bytes."""
+def _receive(connection: socket.socket, limit: int, seconds: float) -> bytes:
+    """Up to the first line feed, the other side's end, or `limit` bytes; TimeoutError after `seconds` in all."""
     found = bytearray()
+    end = time.monotonic() + seconds
     while len(found) < limit and b"\n" not in found:
+        connection.settimeout(max(0.001, end - time.monotonic()))
         piece = connection.recv(min(65_536, limit - len(found)))
         if not piece:
             break

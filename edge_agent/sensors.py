@@ -13,7 +13,7 @@ from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 
 from edge_agent.eligibility import DeviceFacts
-from shared.driver import Instant
+from shared.machine import Instant
 
 PAUSE_FILE = "paused.json"
 ECHO = 30.0

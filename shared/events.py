@@ -25,8 +25,6 @@ class Event(StrEnum):
     DEVICE_BLOCKED = "device.blocked"
     DEVICE_PAUSED = "device.paused"
     DEVICE_RESUMED = "device.resumed"
-    ROUND_JOINED = "round.joined"
-    ROUND_SKIPPED = "round.skipped"
     TRAINER_STARTED = "trainer.started"
     TRAINER_STOPPED = "trainer.stopped"
     TRAINER_DIED = "trainer.died"
@@ -51,8 +49,6 @@ class Event(StrEnum):
     UPDATE_REJECTED = "update.rejected"
     RELEASE_PUBLISHED = "release.published"
     TASK_FINISHED = "task.finished"
-    DEVICE_SEEN = "device.seen"
-    DEVICE_LOST = "device.lost"
 
 
 _LEVELS: Mapping[Event, str] = {
@@ -62,13 +58,10 @@ _LEVELS: Mapping[Event, str] = {
     Event.TRAINER_DIED: "warning",
     Event.TRAINING_FAILED: "error",
     Event.TRAINING_PROGRESSED: "debug",
-    Event.ROUND_SKIPPED: "debug",
     Event.ROUND_EXTENDED: "warning",
     Event.UPDATE_REJECTED: "warning",
     Event.ROUND_ABANDONED: "warning",
     Event.PUBLISH_REFUSED: "error",
-    Event.DEVICE_SEEN: "debug",
-    Event.DEVICE_LOST: "debug",
 }
 
 

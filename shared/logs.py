@@ -84,13 +84,13 @@ def configure(
 
 def clean(fields: Mapping[str, object]) -> dict[str, Any]:
     """The fields as they may be written: plain values only, and no control characters but tab and line feed."""
-    return {name: _plain(value) for name, value in fields.items() if value is not None}
+    return {_plain(name): _plain(value) for name, value in fields.items() if value is not None}
 
 
 def sentence(event: Event, fields: Mapping[str, Any]) -> str:
     """The event for people, on one line: "Round opened: task digits, round 7"."""
     head = event.value.replace(".", " ").replace("_", " ").capitalize()
-    said = ", ".join(f"{name.replace('_', ' ')} {_word(value)}" for name, value in fields.items())
+    said = ", ".join(f"{_word(name.replace('_', ' '))} {_word(value)}" for name, value in fields.items())
     return f"{head}: {said}" if said else head
 
 
@@ -123,7 +123,7 @@ def _plain(value: object, depth: int = 0) -> Any:
     if isinstance(value, list | tuple | set | frozenset) and depth < 3:
         return [_plain(item, depth + 1) for item in list(value)[:_ITEMS_MAX]]
     if isinstance(value, Mapping) and depth < 3:
-        return {str(key): _plain(item, depth + 1) for key, item in list(value.items())[:_ITEMS_MAX]}
+        return {_plain(str(key)): _plain(item, depth + 1) for key, item in list(value.items())[:_ITEMS_MAX]}
     return f"<{type(value).__name__}>"
 
 
@@ -133,7 +133,7 @@ def _word(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(_word(item) for item in value) or "none"
     if isinstance(value, dict):
-        return " ".join(f"{name}={_word(item)}" for name, item in value.items()) or "none"
+        return " ".join(f"{_word(name)}={_word(item)}" for name, item in value.items()) or "none"
     text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
     return text.translate(_ONE_LINE)
 

@@ -177,7 +177,7 @@ def test_bad_environment_names_the_variable(tmp_path: Path, environ: dict[str, s
         (
             MINIMAL + '[items.a]\npath = "x"\n[items.b]\npath = "x"\n[items.c]\npath = "x"\n',
             "items",
-            "at most 2 entries; it has 3",
+            "from 0 to 2 entries; it has 3",
         ),
         (MINIMAL + '[items.digits]\npaht = "x"\n', "items.digits.paht", "did you mean path?"),
         (MINIMAL + '[optimizer]\nkind = "adamm"\nlr = 1\n', "optimizer.kind", '"sgd", "adam" (did you mean adam?)'),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_agent.eligibility import DeviceFacts, Policy, obstacles
 from edge_agent.sensors import ECHO, PAUSE_FILE, Sensors, pause, resume
-from shared.driver import Instant
+from shared.machine import Instant
 
 NOW = Instant(mono=1000.0, utc=1_772_452_800.0)
 """2 March 2026, 12:00 UTC."""

@@ -1,0 +1,185 @@
+"""edge_agent.control: one question, one answer, and nothing a client does hangs or harms the agent."""
+
+import contextlib
+import json
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_agent import control
+from edge_agent.control import ANSWER_MAX, REQUEST_MAX, SOCKET, ControlRequest, ControlServer, Request, ask
+from shared.errors import ConfigError, LinkError
+
+
+def echo(event: ControlRequest) -> None:
+    """An owner that answers what it was asked."""
+    event.reply({"verb": event.request.verb, "seconds": event.request.seconds})
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[[Callable[[ControlRequest], None]], Path]]:
+    """Start servers with the given owners; all are stopped in the end."""
+    servers: list[ControlServer] = []
+
+    def start(post: Callable[[ControlRequest], None]) -> Path:
+        server = ControlServer(tmp_path, post)
+        server.start()
+        servers.append(server)
+        return tmp_path
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+Serve = Callable[[Callable[[ControlRequest], None]], Path]
+
+
+def raw(folder: Path, data: bytes) -> bytes:
+    """What the server answers to these bytes."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(10)
+        client.connect(str(folder / SOCKET))
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: client.recv(65_536), b""))
+
+
+def test_answer_comes_from_the_owner(serve: Serve) -> None:
+    """The request arrives typed, the reply arrives whole, again and again."""
+    folder = serve(echo)
+    assert ask(folder, Request("status")) == {"verb": "status", "seconds": None}
+    assert ask(folder, Request("pause", 7200.0)) == {"verb": "pause", "seconds": 7200.0}
+
+
+def test_owner_may_refuse_with_a_reason(serve: Serve) -> None:
+    """An answer with `error` is raised as one."""
+    folder = serve(lambda event: event.reply({"error": "cannot pause: disk full"}))
+    with pytest.raises(LinkError, match="disk full"):
+        ask(folder, Request("pause"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\n",
+        b"status\n",
+        b"[]\n",
+        b'{"verb": "reboot"}\n',
+        b'{"verb": "status", "more": 1}\n',
+        b'{"verb": "pause", "seconds": -1}\n',
+        b'{"verb": "pause", "seconds": "1"}\n',
+        b"\xff\xfe\n",
+        b"[" * (REQUEST_MAX // 2) + b"\n",
+        b"x" * (2 * REQUEST_MAX),
+    ],
+)
+def test_what_is_no_request_is_told_so(serve: Serve, data: bytes) -> None:
+    """Junk never reaches the owner, and the next client is served."""
+    asked: list[ControlRequest] = []
+
+    def post(event: ControlRequest) -> None:
+        asked.append(event)
+        echo(event)
+
+    folder = serve(post)
+    try:
+        answer = raw(folder, data)
+        assert "not a request" in json.loads(answer)["error"]
+    except ConnectionResetError:
+        pass  # the server had seen enough and closed with bytes unread
+    assert not asked
+    assert ask(folder, Request("status"))["verb"] == "status"
+
+
+def test_busy_owner_and_silent_client_hold_nobody_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each connection has its deadline; after it the next one is served."""
+    monkeypatch.setattr(control, "PATIENCE", 0.5)
+    monkeypatch.setattr(control, "HURRY", 0.1)
+    waiting: list[ControlRequest] = []
+    folder = serve(waiting.append)
+    with pytest.raises(LinkError, match="did not answer in time"):
+        ask(folder, Request("status"))
+    waiting[0].reply({"late": True})
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.connect(str(folder / SOCKET))
+        with pytest.raises(LinkError, match="did not answer in time"):
+            ask(folder, Request("status"))
+
+
+def test_socket_is_for_owner_and_group(serve: Serve) -> None:
+    """Strangers on the device cannot pause it."""
+    mode = (serve(echo) / SOCKET).stat().st_mode
+    assert stat.S_ISSOCK(mode)
+    assert stat.S_IMODE(mode) == 0o660
+
+
+def test_socket_of_a_dead_agent_is_replaced(serve: Serve, tmp_path: Path) -> None:
+    """A crash leaves its socket behind; the next start works, and until then the client says what is the matter."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(tmp_path / SOCKET))
+    with pytest.raises(LinkError, match="not running"):
+        ask(tmp_path, Request("status"))
+    assert ask(serve(echo), Request("status"))["verb"] == "status"
+
+
+def test_second_agent_is_refused(serve: Serve) -> None:
+    """Two agents in one folder would answer for each other."""
+    folder = serve(echo)
+    with pytest.raises(ConfigError, match="another agent"):
+        ControlServer(folder, echo).start()
+    assert ask(folder, Request("status"))["verb"] == "status"
+
+
+def test_folder_that_can_hold_no_socket_is_a_config_error(tmp_path: Path) -> None:
+    """The key to change is named."""
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / ("x" * 120)):
+        with pytest.raises(ConfigError) as caught:
+            ControlServer(folder, echo).start()
+        assert caught.value.key == "device.run_dir"
+
+
+def test_stop_ends_the_thread_and_removes_the_socket(tmp_path: Path) -> None:
+    """Afterwards the agent is, to a client, not running."""
+    before = threading.active_count()
+    server = ControlServer(tmp_path, echo)
+    server.start()
+    server.stop()
+    server.stop()
+    assert threading.active_count() == before
+    with pytest.raises(LinkError, match=r"not running \(nothing listens at .*control.sock\)"):
+        ask(tmp_path, Request("status"))
+
+
+@pytest.mark.parametrize("answer", [b"", b"hello\n", b"[]\n", b"[" * 5000 + b"\n", b"x" * (ANSWER_MAX + 10)])
+def test_client_believes_no_stranger(tmp_path: Path, answer: bytes) -> None:
+    """Whatever else listens there, the client ends with one clear line."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / SOCKET))
+        listener.listen()
+
+        def serve_once() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(REQUEST_MAX)
+                with contextlib.suppress(OSError):  # the client may have read enough
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve_once)
+        thread.start()
+        with pytest.raises(LinkError, match="no agent"):
+            ask(tmp_path, Request("status"))
+        thread.join()
+
+
+def test_requests_are_closed_and_bounded() -> None:
+    """The verbs are these three."""
+    for verb in ("status", "pause", "resume"):
+        assert msgspec.json.decode(json.dumps({"verb": verb}), type=Request).verb == verb

@@ -47,6 +47,7 @@ def forge(
     common_names: list[str] | None = None,
     alternative: list[x509.GeneralName] | None = None,
     usage: list[x509.ObjectIdentifier] | None = None,
+    more: list[x509.ExtensionType] | None = None,
     key: Key | None = None,
     ca: bool = False,
 ) -> Forged:
@@ -75,4 +76,6 @@ def forge(
         builder = builder.add_extension(x509.SubjectAlternativeName(alternative), critical=False)
     if usage:
         builder = builder.add_extension(x509.ExtendedKeyUsage(usage), critical=False)
+    for extension in more or []:
+        builder = builder.add_extension(extension, critical=False)
     return Forged(builder.sign(authority.key, hashes.SHA256()), key)

@@ -1,5 +1,6 @@
 """aggregator.ca and aggregator.broker: a fleet's folder and the bundles out of it."""
 
+import errno
 import stat
 import subprocess
 import sys
@@ -401,6 +402,23 @@ def test_a_failure_at_the_end(fleet: Path, tmp_path: Path) -> None:
         ca.add_device(fleet, "dev-1", tmp_path / "bundle", now=NOW, passphrase=None)
     assert [path.name for path in tmp_path.iterdir()] == ["fleet"]
     assert not (fleet / "devices" / "dev-1.crt").exists()
+
+
+def test_a_full_disk(fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the system fails at the very last step the record is as it was before."""
+    ca.add_device(fleet, "dev-1", tmp_path / "one", now=NOW, passphrase=None)
+    before = (fleet / "devices" / "dev-1.crt").read_bytes()
+
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    for name, again in (("dev-1", True), ("dev-2", False)):
+        with pytest.raises(ConfigError, match="No space left"):
+            ca.add_device(fleet, name, tmp_path / "two", now=NOW, passphrase=None, again=again)
+    assert (fleet / "devices" / "dev-1.crt").read_bytes() == before
+    assert [path.name for path in (fleet / "devices").iterdir()] == ["dev-1.crt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fleet", "one"]
 
 
 def test_keys_of_two_fleets(fleet: Path, sealed: Path, tmp_path: Path) -> None:

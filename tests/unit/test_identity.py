@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from cryptography.x509.oid import ExtensionOID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -159,6 +160,21 @@ def test_alternative_name(authority: ca.Authority, alternative: list[x509.Genera
 
 
 @pytest.mark.parametrize(
+    ("oid", "value"),
+    [
+        (ExtensionOID.SUBJECT_ALTERNATIVE_NAME, "3004a3020500"),  # an X.400 address, which no library reads
+        (ExtensionOID.SUBJECT_ALTERNATIVE_NAME, "6a756e6b"),
+        (ExtensionOID.CRL_DISTRIBUTION_POINTS, "30"),
+    ],
+)
+def test_malformed_extensions(authority: ca.Authority, oid: x509.ObjectIdentifier, value: str) -> None:
+    """An extension that cannot be read is the same error as all else, even under the CA's signature."""
+    more: list[x509.ExtensionType] = [x509.UnrecognizedExtension(oid, bytes.fromhex(value))]
+    alternative: list[x509.GeneralName] | None = [] if oid == ExtensionOID.SUBJECT_ALTERNATIVE_NAME else None
+    _refused(forge(authority, "dev-1", born=BORN, alternative=alternative, more=more).der, authority)
+
+
+@pytest.mark.parametrize(
     "key", [lambda: ec.generate_private_key(ec.SECP384R1()), lambda: rsa.generate_private_key(65537, 2048)]
 )
 def test_other_keys(authority: ca.Authority, key: Callable[[], ec.EllipticCurvePrivateKey]) -> None:
@@ -299,6 +315,19 @@ def test_the_wrong_file(tmp_path: Path, good: Forged) -> None:
     path.write_bytes(good.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     with pytest.raises(ConfigError, match=r"name the \.pub file"):
         identity.load_signing_public(path)
+
+
+def test_the_root_record(folder: Path, tmp_path: Path) -> None:
+    """The pinned root comes back from its file; a file that is not one, or was changed, is named."""
+    path = tmp_path / "root.msgpack"
+    data = (folder / "root" / "root.msgpack").read_bytes()
+    path.write_bytes(data)
+    assert identity.load_root(path).fleet == "acme"
+    for damaged in (b"", b"text", data[:-1], data.replace(b"acme", b"acne")):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="is not a fleet's root record") as caught:
+            identity.load_root(path)
+        assert caught.value.path == str(path)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

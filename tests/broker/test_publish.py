@@ -1,0 +1,282 @@
+"""aggregator.publish over a real broker: what reaches it, what the fleet answers, and the plain client's way."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from safetensors import safe_open
+
+from aggregator import cli, release
+from aggregator.broker import Broker
+from shared import signing, topics, wire
+from shared.messages import AggregatorStatus, ReleaseMessage, Role
+from tests.broker.broker import HOST, Fleet, Peer
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "examples" / "digits"
+TOPIC = topics.task_release("digits")
+STATUS = topics.Topics("fl").aggregator_status(0)
+
+
+@pytest.fixture(scope="module")
+def built(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's release, signed by the fleet's publisher."""
+    file = tmp_path_factory.mktemp("release") / "release.msgpack"
+    build = ["release", "build", f"{DIGITS / 'model.py'}:Digits", "--loss", "cross_entropy"]
+    common = ["--task", str(DIGITS / "task.toml"), "-o", str(file), "--fleet", str(fleet.folder)]
+    assert cli.main([*build, *common]) == 0
+    return file
+
+
+@pytest.fixture(autouse=True)
+def _clean(broker: Broker, fleet: Fleet) -> Iterator[None]:
+    """No release and no aggregator is left behind for the next test."""
+    yield
+    with Peer(fleet, fleet.operator) as peer:
+        peer.publish(topics.RELEASE, b"", retain=True)
+    with Peer(fleet, fleet.aggregator) as peer:
+        peer.publish(TOPIC, b"", retain=True)
+        peer.publish(STATUS, b"", retain=True)
+
+
+def _publish(fleet: Fleet, file: Path, wait: str, *options: str) -> int:
+    return cli.main(["release", "publish", str(file), "--wait", wait, "--fleet", str(fleet.folder), *options])
+
+
+def _retained(fleet: Fleet, topic: str) -> list[tuple[str, bytes]]:
+    with Peer(fleet, fleet.aggregator) as peer:
+        assert peer.subscribe(topic) < 128
+        return peer.fence()
+
+
+def _other_version(fleet: Fleet, data: bytes, **changes: object) -> bytes:
+    """The same release under a changed manifest, signed by the fleet's publisher."""
+    keys = release.fleet_keys(fleet.folder, lambda path: None)
+    found = release.read(data, keys.root)
+    manifest = signing.sign(msgspec.structs.replace(found.manifest, **changes), Role.PUBLISHER, keys.publisher)
+    record = msgspec.structs.replace(found.release, manifest=signing.digest(manifest))
+    signed = signing.sign(record, Role.PUBLISHER, keys.publisher)
+    return wire.pack(msgspec.structs.replace(found.message, manifest=manifest, release=signed))
+
+
+def test_without_an_aggregator_the_release_waits(fleet: Fleet, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The broker keeps the exact bytes; the command says that nobody took them and ends with 4."""
+    assert _publish(fleet, built, "0.3", "--json") == 4
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told["published"] is True and told["taken"] is False
+    assert "published and retained; no aggregator has taken it within 0.3 s" in err
+    assert _retained(fleet, topics.RELEASE) == [(topics.RELEASE, built.read_bytes())]
+
+
+def test_not_waiting_is_no_failure(fleet: Fleet, built: Path) -> None:
+    """With --wait 0 the broker's word is enough."""
+    assert _publish(fleet, built, "0") == 0
+    assert len(_retained(fleet, topics.RELEASE)) == 1
+
+
+@pytest.mark.parametrize(("online", "said"), [(True, "its log says why"), (False, "offline")])
+def test_the_aggregators_presence_is_told(
+    fleet: Fleet, built: Path, online: bool, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether an aggregator is there at all is part of the answer."""
+    status = AggregatorStatus(v=1, session=bytes(8), online=online, version="0")
+    with Peer(fleet, fleet.aggregator) as peer:
+        assert peer.publish(STATUS, wire.pack(status), retain=True) < 128
+    assert _publish(fleet, built, "0.3") == 4
+    assert said in capsys.readouterr().err
+
+
+def test_publishing_ends_when_the_fleet_follows(fleet: Fleet, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command ends with 0 at the first verified announcement of its own manifest, whatever came before it."""
+    data = built.read_bytes()
+    junk = (b"", b"junk", b"\x80", data[:-1])
+    stranger = wire.unpack(data, ReleaseMessage)
+    forged = msgspec.structs.replace(stranger.release, sig=bytes(64))
+    answers = [*junk, wire.pack(msgspec.structs.replace(stranger, release=forged)), data]
+    with Peer(fleet, fleet.aggregator) as peer:
+        assert peer.subscribe(topics.RELEASE) < 128
+        results: list[int] = []
+        thread = threading.Thread(target=lambda: results.append(_publish(fleet, built, "30", "--json")))
+        thread.start()
+        while not peer.fence():
+            pass
+        for answer in answers:
+            assert peer.publish(TOPIC, answer) < 128
+        thread.join(30)
+    assert results == [0]
+    told = json.loads(capsys.readouterr().out)
+    assert (told["taken"], told["number"], told["version"]) == (True, 0, 1)
+    assert told["digest"] == signing.digest(stranger.release).hex()
+
+
+def test_publishing_twice_is_the_same(fleet: Fleet, built: Path) -> None:
+    """A release that the fleet follows already is taken at once."""
+    with Peer(fleet, fleet.aggregator) as peer:
+        assert peer.publish(TOPIC, built.read_bytes(), retain=True) < 128
+    assert _publish(fleet, built, "30") == 0
+
+
+@pytest.mark.parametrize("changes", [{"version": 2}, {"expires": 2_000_000_000}])
+def test_a_fleet_that_follows_another_version_refuses(
+    fleet: Fleet, built: Path, changes: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A newer version, or a different one of the same number, ends the wait with 3 and the remedy."""
+    with Peer(fleet, fleet.aggregator) as peer:
+        assert peer.publish(TOPIC, _other_version(fleet, built.read_bytes(), **changes), retain=True) < 128
+    assert _publish(fleet, built, "30") == 3
+    assert "raise `version`" in capsys.readouterr().err
+
+
+def test_an_older_version_does_not_end_the_wait(fleet: Fleet, built: Path, tmp_path: Path) -> None:
+    """What the fleet followed before is not taken for an answer."""
+    newer = tmp_path / "newer.msgpack"
+    newer.write_bytes(_other_version(fleet, built.read_bytes(), version=2))
+    with Peer(fleet, fleet.aggregator) as peer:
+        assert peer.publish(TOPIC, built.read_bytes(), retain=True) < 128
+    assert _publish(fleet, newer, "0.3") == 4
+
+
+def test_a_broker_that_is_down_is_5(fleet: Fleet, built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A broker that is down gives one line and 5, and works again once it is up."""
+    fleet.broker.stop()
+    try:
+        assert _publish(fleet, built, "0") == 5
+        err = capsys.readouterr().err
+        assert f"{HOST}:{fleet.port}" in err and err.count("\n") == 1
+    finally:
+        fleet.broker.start()
+    assert _publish(fleet, built, "0") == 0
+
+
+def test_a_stranger_cannot_publish(
+    fleet: Fleet, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The operator of another fleet does not get past the broker's door."""
+    other = tmp_path / "other"
+    assert cli.main(["fleet", "init", str(other), "--host", HOST, "--no-passphrase", "--port", str(fleet.port)]) == 0
+    shutil.copytree(fleet.folder / "root", other / "root", dirs_exist_ok=True)
+    shutil.copy(fleet.authority, other / "operator" / "ca.crt")
+    assert cli.main(["release", "publish", str(built), "--wait", "0", "--fleet", str(other)]) == 5
+    assert capsys.readouterr().err.count("\n") == 1
+    assert _retained(fleet, topics.RELEASE) == []
+
+
+def test_a_device_cannot_publish(fleet: Fleet, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A device's certificate in the operator's place is refused by the broker's rules: exit code 3, nothing kept."""
+    copy = tmp_path / "fleet"
+    shutil.copytree(fleet.folder, copy, ignore=shutil.ignore_patterns("data", "*.log"))
+    identity = fleet.device("intruder")
+    shutil.copy(identity.certificate, copy / "operator" / "operator.crt")
+    shutil.copy(identity.key, copy / "operator" / "operator.key")
+    assert cli.main(["release", "publish", str(built), "--wait", "0", "--fleet", str(copy)]) == 3
+    assert "refuses the release" in capsys.readouterr().err
+    assert _retained(fleet, topics.RELEASE) == []
+
+
+def test_a_release_over_the_brokers_limit_is_refused(
+    fleet: Fleet, built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A release that the broker would not take is refused before it is sent, with size, limit and remedy."""
+    conf = fleet.folder / "broker" / "mosquitto.conf"
+    before = conf.read_text(encoding="utf-8")
+    lines = [line for line in before.splitlines() if not line.startswith(("max_packet_size", "message_size_limit"))]
+    fleet.broker.stop()
+    try:
+        conf.write_text("\n".join([*lines, "max_packet_size 20000", ""]), encoding="utf-8")
+        fleet.broker.start()
+        assert _publish(fleet, built, "0") == 3
+        err = capsys.readouterr().err
+        assert "20000" in err and "max_packet_size" in err
+        fleet.broker.stop()
+    finally:
+        conf.write_text(before, encoding="utf-8")
+        fleet.broker.start()
+    assert _retained(fleet, topics.RELEASE) == []
+
+
+def test_a_plain_client_delivers_the_same_bytes(fleet: Fleet, built: Path) -> None:
+    """mosquitto_pub, with MQTT 5 and 3.1.1, publishes a release file as the product does."""
+    program = shutil.which("mosquitto_pub")
+    if program is None:
+        pytest.skip("needs mosquitto_pub: sudo apt-get install mosquitto-clients")
+    operator = fleet.operator
+    for protocol in ("5", "311"):
+        with Peer(fleet, fleet.operator) as peer:
+            peer.publish(topics.RELEASE, b"", retain=True)
+        command = [program, "-V", protocol, "-h", HOST, "-p", str(fleet.port), "--cafile", str(fleet.authority)]
+        command += ["--cert", str(operator.certificate), "--key", str(operator.key)]
+        command += ["-r", "-q", "1", "-t", "models/release", "-f", str(built)]
+        subprocess.run(command, check=True, capture_output=True, timeout=30)
+        assert _retained(fleet, topics.RELEASE) == [(topics.RELEASE, built.read_bytes())]
+
+
+def test_export_takes_the_newest_release_from_the_broker(
+    fleet: Fleet, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The retained release of the task is verified and written as safetensors."""
+    with Peer(fleet, fleet.aggregator) as peer:
+        assert peer.publish(TOPIC, built.read_bytes(), retain=True) < 128
+    out = tmp_path / "digits.safetensors"
+    assert cli.main(["model", "export", "digits", "-o", str(out), "--fleet", str(fleet.folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["number"] == 0
+    with safe_open(out, framework="numpy") as opened:
+        assert sorted(opened.keys()) == ["hidden.bias", "hidden.weight", "scores.bias", "scores.weight"]
+
+
+def test_export_of_an_unknown_task_is_4(fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A task that the broker does not know gives one line and writes nothing."""
+    out = tmp_path / "x.safetensors"
+    export = ["model", "export", "nothing", "-o", str(out), "--wait", "0.3", "--fleet", str(fleet.folder)]
+    assert cli.main(export) == 4
+    assert "'nothing'" in capsys.readouterr().err and not out.exists()
+
+
+def test_export_refuses_what_does_not_verify(fleet: Fleet, built: Path, tmp_path: Path) -> None:
+    """A spoilt retained release, or junk in its place, ends with 3 and writes nothing."""
+    out = tmp_path / "x.safetensors"
+    data = built.read_bytes()
+    for payload in (b"junk", data[:-1] + bytes([data[-1] ^ 1])):
+        with Peer(fleet, fleet.aggregator) as peer:
+            assert peer.publish(TOPIC, payload, retain=True) < 128
+        assert cli.main(["model", "export", "digits", "-o", str(out), "--fleet", str(fleet.folder)]) == 3
+        assert not out.exists()
+
+
+def test_the_real_aggregator_takes_a_release(
+    fleet: Fleet, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Publish, status, task list and export work together with a running aggregator, and it ends cleanly."""
+    copy = tmp_path / "aggregator"
+    shutil.copytree(fleet.folder / "aggregator", copy)
+    config = ["--config", str(copy / "aggregator.toml")]
+    log = (tmp_path / "log").open("wb")
+    daemon = subprocess.Popen(
+        [sys.executable, "-m", "aggregator.cli", "run", *config], cwd=ROOT, stderr=log, stdout=log
+    )
+    try:
+        assert _publish(fleet, built, "60", "--json") == 0, (tmp_path / "log").read_text()
+        assert json.loads(capsys.readouterr().out)["number"] == 0
+        assert cli.main(["task", "list", *config, "--json"]) == 0
+        tasks = json.loads(capsys.readouterr().out)["tasks"]
+        assert [(task["task"], task["release"]) for task in tasks] == [("digits", 0)]
+        out = tmp_path / "digits.safetensors"
+        assert cli.main(["model", "export", "digits", "-o", str(out), "--fleet", str(fleet.folder)]) == 0
+        end = time.monotonic() + 30
+        while cli.main(["status", *config, "--json"]) != 0:
+            assert time.monotonic() < end
+        capsys.readouterr()
+    finally:
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(30) == 0, (tmp_path / "log").read_text()
+        log.close()
+    assert cli.main(["status", *config]) == 5
+    assert b"Traceback" not in (tmp_path / "log").read_bytes()

@@ -195,28 +195,35 @@ def _status(options: argparse.Namespace) -> int:
 
     from aggregator import config
 
-    path = config.load(options.config, os.environ).status_file
+    settings = config.load(options.config, os.environ)
+    path = settings.status_file
     try:
         told = json.loads(cli.load(path, 16 << 20))
     except FileNotFoundError:
         raise Failure(Exit.UNREACHABLE, f"the aggregator has never run with this configuration (no {path})") from None
-    except ValueError:
-        raise Failure(Exit.FAILED, f"{path} is damaged; the running aggregator writes it anew") from None
-    running = _lives(told.get("pid"))
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict):
+        raise Failure(Exit.FAILED, f"{path} is damaged; a running aggregator writes it anew")
+    running = _held(settings.lock_file)
     show({"running": running} | told, options.json)
     if not running:
         return cli.complain("aggregator", "the aggregator is not running; this is what it said last", Exit.UNREACHABLE)
     return Exit.OK
 
 
-def _lives(pid: object) -> bool:
+def _held(lock: Path) -> bool:
+    """Whether an aggregator holds its state directory: a process id could be another's by now."""
+    import fcntl
+
     try:
-        os.kill(int(str(pid)), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
-    except PermissionError:
+    except BlockingIOError:
         return True
-    return True
+    return False
 
 
 def _task_list(options: argparse.Namespace) -> int:

@@ -97,6 +97,11 @@ class AggregatorConfig(Section, frozen=True):
         """What the running aggregator says of itself: JSON, for `aggregator status`."""
         return self.state.directory / "status.json"
 
+    @property
+    def lock_file(self) -> Path:
+        """Held (flock) by the one aggregator that uses this state directory."""
+        return self.state.directory / "lock"
+
 
 def load(path: Path, environ: Mapping[str, str] | None = None) -> AggregatorConfig:
     """The aggregator's settings from `path`, its drop-ins and `environ`; raises ConfigError."""

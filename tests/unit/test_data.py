@@ -133,7 +133,7 @@ def npy(header: str, body: bytes = b"") -> bytes:
     [
         npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 2, 3)}", bytes(24)),
         npy("{'descr': '<f4', 'fortran_order': False, 'shape': (5, 2, 3)}", bytes(24)),
-        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2, 3)}", bytes(25)),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (5, 2, 3)}", bytes(121)),
         npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 2, 3)}", bytes(24)),
         npy("{'descr': '<f4', 'fortran_order': False}"),
         npy("__import__('os').system('true')"),

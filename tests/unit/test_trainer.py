@@ -231,6 +231,18 @@ def test_a_metric_that_does_not_fit(scalar: dict[str, Published]) -> None:
     assert caught.value.reason == "graph"
 
 
+def test_a_delta_beyond_float32(scalar: dict[str, Published]) -> None:
+    """Old and new weights may both be finite and their difference not: never sent."""
+    published = scalar["mse"]
+    state = published.state()
+    state["weight"][0, 0] = 2e38  # decays to -2.2e38 in two steps
+    training = Training(Sgd(1.5, 0.9, 1.0), batch_size=4, steps=2)
+    zeros = Examples((np.zeros((4, 2), np.float32), np.zeros((4, 1), np.float32)))
+    with pytest.raises(TrainingError) as caught:
+        published.model.train(state, zeros, Examples(tuple(a[:0] for a in zeros.arrays)), training, "rmse", SEED)
+    assert caught.value.reason == "not_finite"
+
+
 # -- clipping
 
 

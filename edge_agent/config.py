@@ -12,13 +12,11 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 from msgspec import Meta
 
-from edge_agent.eligibility import Bytes, Percent, Policy, Seconds
+from edge_agent.eligibility import Bytes, Policy, Seconds
 from shared import config
 from shared.config import ReadableFile, Section
 from shared.errors import ConfigError
 from shared.messages import Name
-
-__all__ = ["AgentConfig", "Broker", "Data", "Device", "Log", "Percent", "Policy", "Trainer", "Trust", "load", "zone"]
 
 DEFAULT_PATH = Path("/etc/fieldfare/agent.toml")
 

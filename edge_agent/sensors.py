@@ -22,6 +22,8 @@ ECHO = 30.0
 _SMALL = 65_536
 _CHARGING = frozenset({"Charging", "Full", "Not charging"})
 _TRIPS = frozenset({"passive", "hot", "critical"})
+_LATEST = 32_503_680_000
+"""UTC seconds; a pause until after the year 2999 is one without an end."""
 _CREDIBLE = range(-60_000, 200_000)
 """Millidegrees Celsius; some drivers report -274,000 or 0 for a trip point they do not have."""
 
@@ -203,7 +205,7 @@ class Sensors:
             until = json.loads(_text(file) or "")["until"]
         except (ValueError, TypeError, KeyError, RecursionError):
             return True, None
-        if isinstance(until, bool) or not isinstance(until, int | float):
+        if isinstance(until, bool) or not isinstance(until, int | float) or not 0 <= until <= _LATEST:
             return True, None
         return utc < until, (float(until) if utc < until else None)
 

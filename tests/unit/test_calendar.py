@@ -86,6 +86,14 @@ def test_window_belongs_to_the_day_it_starts_on() -> None:
     assert not inside(weeknights, berlin("2026-03-09 06:59"), BERLIN)
 
 
+def test_window_may_leave_out_a_single_minute() -> None:
+    """An end just before its start is on the next day."""
+    windows = (Window.parse("12:01-12:00"),)
+    assert inside(windows, berlin("2026-03-02 11:59"), BERLIN)
+    assert not inside(windows, berlin("2026-03-02 12:00"), BERLIN)
+    assert inside(windows, berlin("2026-03-02 12:01"), BERLIN)
+
+
 def test_the_zone_decides_not_the_moments_own() -> None:
     """21:30 UTC in winter is 22:30 in Berlin."""
     now = datetime(2026, 1, 5, 21, 30, tzinfo=UTC)

@@ -133,6 +133,8 @@ def test_publisher_can_only_ask_for_more() -> None:
     loose = Policy(mains=False, min_battery=0.0, cpu_pressure=100.0, cpu_others=100.0, load=1000.0)
     asked = Conditions(mains=True, idle=True, min_battery=50)
     assert names(loose, asked, mains=False, battery=40.0, cpu_pressure=50.0) == ["mains", "battery", "cpu"]
+    assert names(loose, asked, cpu_pressure=None, load=0.8) == ["cpu"]
+    assert names(loose, asked, training=True, cpu_others=60.0) == ["cpu"]
     strict = Policy(mains=True, min_battery=90.0, cpu_pressure=5.0)
     assert names(strict, Conditions(), mains=False, cpu_pressure=6.0) == ["mains", "battery", "cpu"]
 

@@ -179,7 +179,11 @@ def test_pause_lasts_until_its_end_or_resume(tree: Tree) -> None:
     assert not tree.read().paused
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"until": true}', '{"until": "soon"}', "[" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"until": true}', '{"until": "soon"}', '{"until": NaN}', '{"until": -1}', "[" * 5000]
+    + ['{"until": 1e300}', '{"until": 1' + "0" * 400 + "}"],
+)
 def test_pause_that_cannot_be_read_is_a_pause(tree: Tree, text: str) -> None:
     """Somebody wanted the device to stop; how long is not known, so it stops."""
     tree.put(f"state/{PAUSE_FILE}", text)
@@ -202,12 +206,23 @@ def test_device_without_anything_gives_none(tree: Tree) -> None:
     assert (facts.memory_free, facts.temperature, facts.heat_margin, facts.battery) == (None,) * 4
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_forbidden_files_give_none(tree: Tree) -> None:
-    """No permission is one more way not to know."""
+    """No permission is one more way not to know; and what may be a pause is one."""
     tree.supplies(AC=MAINS)
-    (tree.sys / "class/power_supply").chmod(0)
-    assert tree.read().mains is None
+    tree.put("proc/pressure/cpu", "some avg10=1.00\n")
+    root = os.geteuid() == 0
+    tree.root.chmod(0)
+    if root:
+        os.seteuid(65_534)  # whom a mode keeps out, as it does not root
+    try:
+        facts = tree.read(trainer=77)
+    finally:
+        if root:
+            os.seteuid(0)
+        tree.root.chmod(0o700)
+    assert (facts.mains, facts.cpu_pressure, facts.memory_free, facts.disk_free) == (None, None, None, None)
+    assert facts.paused
+    assert tree.read().mains
 
 
 def test_folder_in_place_of_a_file_gives_none(tree: Tree) -> None:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -261,7 +260,7 @@ def _task_facts(task: "StoredTask") -> dict[str, object]:
         "state": "waiting" if task.round is None else task.round.state,
         "updates": len(task.contributions),
         "goal": manifest.plan.goal,
-        "expires": datetime.fromtimestamp(manifest.expires, UTC).isoformat(),
+        "expires": cli.moment(manifest.expires),
     }
 
 

@@ -13,13 +13,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator import task as task_file
-from shared import graph, identity, layout, signing, tensors, trust, wire
+from shared import cli, graph, identity, layout, signing, tensors, trust, wire
 from shared.errors import ConfigError, ExportError, Reason, RemoteProtocolError
 from shared.messages import (
     BlobRef,
@@ -83,7 +82,7 @@ class Description:
             "number": release.number,
             "signatures": "verified" if self.verified else "not checked (no root given)",
             "signed_by": f"{self.message.release.role} {self.message.release.key.hex()}",
-            "expires": datetime.fromtimestamp(manifest.expires, UTC).isoformat(),
+            "expires": cli.moment(manifest.expires),
             "manifest": signing.digest(self.message.manifest),
             "release": signing.digest(self.message.release),
             "bytes": self.size,

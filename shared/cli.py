@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
 from typing import NoReturn
@@ -101,7 +102,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
         return complain(program, error, Exit.UNREACHABLE)
     except FieldfareError as error:
         return complain(program, error, Exit.FAILED)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):
         return complain(program, "interrupted", Exit.INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output went away; Python would complain once more when it closes the stream.
@@ -113,7 +114,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
 
 def complain(program: str, error: object, code: Exit) -> int:
     """Say what is wrong in one line."""
-    text = " ".join(str(error).split())
+    text = _plain_text(" ".join(str(error).split()))
     print(f"{program}: {text or type(error).__name__}", file=sys.stderr)
     return code
 
@@ -130,6 +131,14 @@ def show(value: Mapping[str, object], as_json: bool) -> None:
         return
     for line in _lines(value, 0):
         print(line)
+
+
+def moment(seconds: int) -> str:
+    """A time on the wire (UTC seconds) for a person; one that no calendar holds is told as a number."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat()
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds} s after 1970"
 
 
 def table(heads: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
@@ -177,9 +186,9 @@ def _lines(value: Mapping[str, object], depth: int) -> list[str]:
     lines = []
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
-            lines += [f"{'  ' * depth}{key}", *_lines({str(k): v for k, v in item.items()}, depth + 1)]
+            lines += [f"{'  ' * depth}{_plain_text(key)}", *_lines({str(k): v for k, v in item.items()}, depth + 1)]
         else:
-            lines.append(f"{'  ' * depth}{key.ljust(width)}  {_word(item)}".rstrip())
+            lines.append(f"{'  ' * depth}{_plain_text(key).ljust(width)}  {_word(item)}".rstrip())
     return lines
 
 
@@ -195,8 +204,15 @@ def _word(item: object) -> str:
             return ", ".join(_word(one) for one in item) or "-"
         case {}:
             return "-"
+        case float():
+            return f"{item:.6g}"
         case _:
-            return str(item)
+            return _plain_text(str(item))
+
+
+def _plain_text(text: str) -> str:
+    # Some of it comes from peers: it must not move a terminal's cursor.
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _jsonable(item: object) -> object:

@@ -31,6 +31,7 @@ def _raising(error: BaseException) -> int:
         (Failure(Exit.TIMED_OUT, "nobody came"), Exit.TIMED_OUT),
         (FileNotFoundError(2, "No such file or directory", "x.msgpack"), Exit.FAILED),
         (KeyboardInterrupt(), Exit.INTERRUPTED),
+        (EOFError(), Exit.INTERRUPTED),
     ],
 )
 def test_every_error_is_one_line_and_a_code(
@@ -46,6 +47,23 @@ def test_a_line_stays_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Line breaks inside an error do not break the one line."""
     _raising(ExportError("first\nsecond"))
     assert capsys.readouterr().err == "program: first second\n"
+
+
+def test_a_terminal_is_safe(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a peer named with control characters is shown without them, in results and in errors."""
+    cli.show({"a\x1b": "b\x1b[2Jc\x07", "d": ["e\x9bf"]}, False)
+    _raising(ExportError("g\x1b[1A"))
+    out, err = capsys.readouterr()
+    assert all(letter.isprintable() for letter in (out + err).replace("\n", ""))
+    assert "\\x1b[2J" in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "1970-01-01T00:00:00+00:00"), (2**63 - 1, "9223372036854775807 s after 1970")]
+)
+def test_every_time_can_be_told(seconds: int, text: str) -> None:
+    """A time that no calendar holds is no reason to fail."""
+    assert cli.moment(seconds) == text
 
 
 def test_a_good_command_returns_its_code() -> None:

@@ -1,5 +1,6 @@
 """aggregator.release: what is built reads back as a device reads it, and nothing else does."""
 
+import contextlib
 import hashlib
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from aggregator import ca, release
 from shared import signing, wire
@@ -225,6 +228,23 @@ def test_other_files_are_refused(data: bytes) -> None:
     """Anything but a release gives the one documented error."""
     with pytest.raises(RemoteProtocolError):
         release.read(data)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), cut=st.integers(0, 40))
+def test_a_spoilt_file_is_refused_or_told(
+    built: bytes, keys: release.FleetKeys, at: float, byte: int, cut: int
+) -> None:
+    """One changed byte or a cut end never verifies, and without a root never fails but with the documented error."""
+    data = bytearray(built)
+    data[int(at * len(data))] = byte
+    spoilt = bytes(data[: len(data) - cut])
+    if spoilt == built:
+        return
+    with pytest.raises(RemoteProtocolError):
+        release.read(spoilt, keys.root, NOW)
+    with contextlib.suppress(RemoteProtocolError):
+        release.read(spoilt).facts()
 
 
 def test_facts_say_whether_signatures_were_checked(built: bytes, keys: release.FleetKeys) -> None:

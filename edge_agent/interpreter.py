@@ -38,12 +38,16 @@ _MEMORY_FORMATS: Final[Mapping[MemoryFormat, torch.memory_format]] = {
     MemoryFormat.CHANNELS_LAST_3D: torch.channels_last_3d,
 }
 
-_TENSORS: Final = frozenset({"T", "T[]", "T?[]"})
+_TENSORS: Final = frozenset({"T", "N", "T[]", "T?[]"})
+
+_PARTS_MAX: Final = 4_096
+"""Tensors that one row may split a tensor into; parts share memory, so no budget of bytes bounds them."""
 
 _INT_MAX: Final = 2**63 - 1
 
-# What torch raises for mismatched shapes, indices out of range, overflowing sizes and unsupported dtypes.
-_TORCH_ERRORS: Final = (RuntimeError, ValueError, TypeError, IndexError, ZeroDivisionError, OverflowError)
+# What torch raises for mismatched shapes, indices out of range, overflowing sizes and unsupported dtypes; its shape
+# functions, which run where tensors have no memory, assert too.
+_TORCH_ERRORS: Final = (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError, MemoryError)
 
 
 def _whole(compute: Callable[..., int]) -> Callable[..., int]:
@@ -222,17 +226,32 @@ class _Meter:
         self._total = 0
 
     def before(self, step: _Step, values: Sequence[Any]) -> None:
-        """Refuse what torch's module refuses in Python and the operator alone does not."""
-        if step.op == "aten.batch_norm.default":
-            tensor, training = operator.itemgetter(0, 5)(step.filled(values))
-            groups = tensor.shape[1]
-        elif step.op == "aten.instance_norm.default":
-            tensor, training = operator.itemgetter(0, 5)(step.filled(values))
-            groups = tensor.shape[0] * tensor.shape[1]
-        else:
+        """Refuse what the operator alone would do: split without end, and normalise a single value (eager raises)."""
+        if step.op not in _LOOKED_AT:
             return
-        if training and tensor.numel() <= groups:
+        arguments = step.filled(values)
+        tensor = arguments[0]
+        match step.op:
+            case "aten.batch_norm.default":
+                self._normalising(tensor, arguments[5], tensor.shape[1])
+            case "aten.instance_norm.default":
+                self._normalising(tensor, arguments[5], tensor.shape[0] * tensor.shape[1])
+            case "aten.unbind.int":
+                self._splitting(step, tensor.shape[_dim(step, arguments, 1)])
+            case "aten.chunk.default":
+                self._splitting(step, min(arguments[1], tensor.shape[_dim(step, arguments, 2)]))
+            case "aten.split.Tensor":
+                self._splitting(step, tensor.shape[_dim(step, arguments, 2)] // max(arguments[1], 1))
+            case _:
+                raise AssertionError(step.op)
+
+    def _normalising(self, tensor: torch.Tensor, training: bool, channels: int) -> None:
+        if training and tensor.numel() <= channels:
             raise ValueError("normalisation in training needs more than one value for each channel: a larger batch")
+
+    def _splitting(self, step: _Step, parts: int) -> None:
+        if parts > _PARTS_MAX:
+            self._refuse(step, f"gives {parts} tensors, the limit is {_PARTS_MAX}")
 
     def after(self, step: _Step, result: Any) -> None:
         """Count the storages that a row added."""
@@ -253,6 +272,22 @@ class _Meter:
         raise RemoteProtocolError(Reason.GRAPH_TOO_LARGE, f"row {step.number}, {step.op}: {what}")
 
 
+_LOOKED_AT: Final = frozenset(
+    {
+        "aten.batch_norm.default",
+        "aten.instance_norm.default",
+        "aten.unbind.int",
+        "aten.chunk.default",
+        "aten.split.Tensor",
+    }
+)
+
+
+def _dim(step: _Step, arguments: Sequence[Any], position: int) -> int:
+    found: int = arguments[position] if len(arguments) > position else step.keywords.get("dim", 0)
+    return found
+
+
 def _batch(graph: Graph, tensors: Sequence[torch.Tensor], count: int) -> int:
     if len(tensors) != count:
         raise RemoteProtocolError(Reason.GRAPH_LAYOUT, f"{len(tensors)} tensors given, the graph takes {count}")
@@ -267,7 +302,7 @@ def _batch(graph: Graph, tensors: Sequence[torch.Tensor], count: int) -> int:
 
 
 def _is_size(error: Exception, said: str) -> bool:
-    return isinstance(error, OverflowError) or "allocate" in said or "overflow" in said
+    return isinstance(error, (OverflowError, MemoryError)) or "allocate" in said or "overflow" in said
 
 
 def _constant(constant: Constant) -> torch.Tensor:

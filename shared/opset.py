@@ -365,7 +365,6 @@ aten.split_with_sizes.default (self:T split_sizes:i[] dim:i=) -> T[] [view]
 aten.split.sizes (self:T split_size:i[] dim:i=) -> T[] [view]
 aten.chunk.default (self:T chunks:p dim:i=) -> T[] [view]
 aten.unbind.int (self:T dim:i=) -> T[] [view]
-aten.tensor_split.sections (self:T sections:p dim:i=) -> T[] [view]
 aten.repeat.default (self:T repeats:n[]) -> T
 aten.tile.default (self:T dims:n[]) -> T
 aten.repeat_interleave.self_int (self:T repeats:n dim:i?=) -> T

@@ -313,6 +313,27 @@ def test_views_are_counted_once() -> None:
     assert run(graph, budget=Budget(1_000, 1_000)).item() == 6
 
 
+@pytest.mark.parametrize(
+    "split",
+    [
+        row("aten.unbind.int", Ref(ROW)),
+        row("aten.chunk.default", Ref(ROW), 10**6, dim=0),
+        row("aten.split.Tensor", Ref(ROW), 1, 0),
+    ],
+)
+def test_a_split_into_endless_parts_is_refused(split: Row) -> None:
+    """A million views of one number cost no bytes of tensors, and a gigabyte of objects."""
+    expand = row("aten.expand.default", Ref(M), (10**6, 3))
+    graph = by_hand(expand, split, row(GETITEM, Ref(ROW + 1), 0), row("aten.sum.default", Ref(ROW + 2)))
+    assert refused(graph).reason == Reason.GRAPH_TOO_LARGE
+
+
+def test_numbers_raised_to_a_tensor_run_without_memory_too() -> None:
+    """A row whose only tensor may also be a number is no row that creates a tensor."""
+    graph = by_hand(row("aten.pow.Scalar", 2, Ref(X)), row("aten.sum.default", Ref(ROW)))
+    assert run(graph).item() == 12
+
+
 def test_whole_numbers_do_not_grow_without_bound() -> None:
     """Squaring a size again and again ends at 63 bits, not in numbers that fill the memory."""
     rows = [SIZE] + [row("int.mul", Ref(ROW + n), Ref(ROW + n)) for n in range(40)]

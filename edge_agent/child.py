@@ -103,11 +103,15 @@ class Trainer:
             self._child = _Child(self._post, self._settings)
         return self._child.pid
 
-    def submit(self, job: Job) -> None:
-        """Queue a job for the child, starting it if need be. If it has just ended, TrainerExited is the answer."""
-        self.start()
+    def submit(self, job: Job) -> int:
+        """Queue a job, starting a child if need be, and give the process id of the child that has it.
+
+        If that child has just ended, its TrainerExited is the answer. TrainingError("trainer") if none can start.
+        """
+        pid = self.start()
         assert self._child is not None
         self._child.orders.put(jobs.frame(Order(job)))
+        return pid
 
     def stop(self, kill: bool = False) -> None:
         """End the child: no more jobs, then SIGTERM, then SIGKILL; with `kill` SIGKILL at once. No child, no effect."""

@@ -229,10 +229,8 @@ def test_it_gets_no_secrets(warm: Owner, job: Job) -> None:
 
 def test_idle_child_leaves_in_order(owner: Owner, job: Job) -> None:
     """stop() on an idle child: it exits with 0, and nothing is left of it."""
-    owner.trainer.submit(job)
+    pid = owner.trainer.submit(job)
     assert isinstance(owner.result(), Done)
-    pid = owner.trainer.pid
-    assert pid is not None
     owner.trainer.stop()
     assert owner.exited() == TrainerExited(pid, "stopped", 0, None)
     assert owner.trainer.pid is None and owner.trainer.rss() is None and not Path(f"/proc/{pid}").exists()
@@ -253,10 +251,9 @@ def test_stop_in_training(owner: Owner, job: Job) -> None:
 
 def test_killed_in_training_and_started_again(owner: Owner, job: Job) -> None:
     """kill -9 from elsewhere, as by the kernel when memory runs out, is told as such; the next job gets a new child."""
-    owner.trainer.submit(endless(job))
+    pid = owner.trainer.submit(endless(job))
     owner.training()
-    pid = owner.trainer.pid
-    assert pid is not None
+    assert owner.trainer.pid == pid
     os.kill(pid, signal.SIGKILL)
     assert owner.exited() == TrainerExited(pid, "killed", None, signal.SIGKILL)
     owner.trainer.submit(job)

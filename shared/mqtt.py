@@ -134,6 +134,7 @@ class Link:
         client.max_queued_messages_set(1000)
         if will is not None:
             client.will_set(will.topic, will.payload, qos=0, retain=True)
+        client.on_socket_open = self._guard(self._on_socket_open)
         client.on_connect = self._guard(self._on_connect)
         client.on_connect_fail = self._guard(self._on_connect_fail)
         client.on_disconnect = self._guard(self._on_disconnect)

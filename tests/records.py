@@ -57,14 +57,16 @@ def key(number: int) -> Ed25519PrivateKey:
 
 
 def linear(kind: Kind) -> bytes:
-    """y = softmax(weight x): the graph that gives its loss, or its scores."""
+    """y = softmax(weight x): the graph that gives its loss, or its scores and the loss."""
     weight, x, y, scores = range(4)
-    rows = [Row("aten.linear.default", (Ref(x), Ref(weight)))]
-    if kind == "train":
-        rows.append(Row("aten.cross_entropy_loss.default", (Ref(scores), Ref(y))))
+    rows = (
+        Row("aten.linear.default", (Ref(x), Ref(weight))),
+        Row("aten.cross_entropy_loss.default", (Ref(scores), Ref(y))),
+    )
+    outputs = (scores + 1,) if kind == "train" else (scores, scores + 1)
     slots = tuple(StateSlot(spec.name, spec.kind, spec.dtype, spec.shape) for spec in LAYOUT)
     ports = (Port("x", "float32", [3]), Port("y", "int64", []))
-    return graph.encode(Graph(kind, OPSET_VERSION, slots, ports, (), tuple(rows), (scores + len(rows) - 1,)))
+    return graph.encode(Graph(kind, OPSET_VERSION, slots, ports, (), rows, outputs))
 
 
 def weights(value: float = 0.0) -> bytes:
@@ -113,7 +115,9 @@ class Records:
             rule=ClippedMean(),
             privacy=PrivacyNone(10.0),
             conditions=Conditions(),
-            aggregator_keys=[VerificationKey(signing.public_bytes(self.aggregator), [Use.OFFER, Use.RELEASE, Use.RECEIPT])],
+            aggregator_keys=[
+                VerificationKey(signing.public_bytes(self.aggregator), [Use.OFFER, Use.RELEASE, Use.RECEIPT])
+            ],
         )
         return structs.replace(manifest, **{name: each for name, each in changes.items() if name not in in_plan})
 

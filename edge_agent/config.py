@@ -120,9 +120,12 @@ class AgentConfig(Section, frozen=True):
     log: Log = Log()
 
 
-def load(path: Path, environ: Mapping[str, str] | None = None) -> AgentConfig:
-    """The agent's settings from `path`, its drop-ins and `environ`; raises ConfigError."""
-    found = config.load(path, AgentConfig, environ)
+def load(path: Path, environ: Mapping[str, str] | None = None, files: bool = True) -> AgentConfig:
+    """The agent's settings from `path`, its drop-ins and `environ`; raises ConfigError.
+
+    Without `files` the keys need not be readable: whoever may ask the running agent need not be its user.
+    """
+    found = config.load(path, AgentConfig, environ, files=files)
     try:
         zone(found.policy.timezone)
     except ValueError as error:

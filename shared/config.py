@@ -69,9 +69,14 @@ _AT = re.compile(r" - at `(?:key in )?\$(?P<at>[^`]*)`$")
 _UNKNOWN = re.compile(r"unknown field `(?P<name>[^`]*)`")
 
 
-def load(path: Path, kind: type[C], environ: Mapping[str, str] | None = None, prefix: str = PREFIX) -> C:
-    """The settings of `path`, its drop-ins and `environ` (none: no overrides) as a `kind`; raises ConfigError."""
-    reader = _Reader(path)
+def load(
+    path: Path, kind: type[C], environ: Mapping[str, str] | None = None, prefix: str = PREFIX, files: bool = True
+) -> C:
+    """The settings of `path`, its drop-ins and `environ` (none: no overrides) as a `kind`; raises ConfigError.
+
+    Without `files` it does not matter whether those marked ReadableFile can be read: for who needs none of them.
+    """
+    reader = _Reader(path, files)
     reader.merge(_read(path), str(path))
     for drop_in in _drop_ins(path):
         reader.merge(_read(drop_in), str(drop_in))
@@ -118,9 +123,9 @@ def _drop_ins(path: Path) -> list[Path]:
 class _Reader:
     """One load: the merged tree, and which source each key came from, so that an error names the right one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: bool) -> None:
         self.tree: dict[str, Any] = {}
-        self._path = path
+        self._path, self._files = path, files
         self._sources: dict[str, str] = {}
 
     # -- sources -------------------------------------------------------------------------------------------------
@@ -220,7 +225,7 @@ class _Reader:
 
     def _leaf(self, hint: Any, value: Any, key: str) -> Any:
         found = self._check(hint, value, key)
-        if get_origin(hint) is Annotated and _Must.READ in hint.__metadata__:
+        if self._files and get_origin(hint) is Annotated and _Must.READ in hint.__metadata__:
             self._readable(found, key)
         return found
 

@@ -67,6 +67,13 @@ def test_missing_file_is_found_at_start(folder: Path, name: str) -> None:
     assert caught.value.key == keys[name]
 
 
+def test_who_needs_no_key_need_not_read_it(folder: Path) -> None:
+    """`edge-agent status` only needs to know where the socket is."""
+    (folder / "device.key").unlink()
+    (folder / "agent.toml").write_text(MINIMAL)
+    assert load(folder / "agent.toml", files=False).broker.key == folder / "device.key"
+
+
 @pytest.mark.parametrize(
     ("text", "key", "advice"),
     [

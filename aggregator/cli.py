@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from shared import cli
 from shared.cli import Exit, Failure, Parser, say, show
+from shared.errors import RemoteProtocolError
 
 if TYPE_CHECKING:
+    from aggregator.release import Description
     from aggregator.store import StoredTask
     from shared.messages import Root
     from shared.mqtt import LinkSettings
@@ -115,21 +117,19 @@ def _release_build(options: argparse.Namespace) -> int:
 
 
 def _release_show(options: argparse.Namespace) -> int:
-    from aggregator import release
-
     root = _root(options, required=False)
-    show(release.read(cli.load(options.file, release.RELEASE_MAX), root).facts(), options.json)
+    found, _ = _read(options.file, root)
+    show(found.facts(), options.json)
     return Exit.OK
 
 
 def _release_publish(options: argparse.Namespace) -> int:
-    from aggregator import publish, release
+    from aggregator import publish
     from shared.trust import Trust
 
     root = _root(options, required=True)
     assert root is not None
-    data = cli.load(options.file, release.RELEASE_MAX)
-    found = release.read(data, root, time.time())
+    found, data = _read(options.file, root, time.time())
     settings, prefix = _operator(options)
     result = publish.publish(data, found, Trust(root), settings, wait=options.wait, prefix=prefix, say=say)
     task, version = found.manifest.task, found.manifest.version
@@ -304,6 +304,17 @@ def _root(options: argparse.Namespace, *, required: bool) -> "Root | None":
     if not required and options.root is None and not path.exists():
         return None
     return release.read_root(path)
+
+
+def _read(file: Path, root: "Root | None", now: float | None = None) -> "tuple[Description, bytes]":
+    """A release file, checked as far as root and time allow, and its bytes."""
+    from aggregator import release
+
+    data = cli.load(file, release.RELEASE_MAX)
+    try:
+        return release.read(data, root, now), data
+    except RemoteProtocolError as error:
+        raise Failure(Exit.REFUSED, f"{file}: {error}") from None
 
 
 def _operator(options: argparse.Namespace) -> "tuple[LinkSettings, str]":

@@ -152,8 +152,14 @@ def _first(mailbox: Mailbox[LinkEvent], settings: LinkSettings) -> LinkUp:
             match event:
                 case LinkUp():
                     return event
+                case LinkDown(cause) if cause.startswith(("no connection", "the broker refuses")):
+                    raise LinkError(cause)
                 case LinkDown(cause) | LinkBroken(cause):
-                    raise LinkError(f"{settings.host}:{settings.port}: {cause}")
+                    # With TLS 1.3 a broker that dislikes our certificate says so only after the handshake, if at all.
+                    raise LinkError(
+                        f"{settings.host}:{settings.port} hung up without a greeting ({cause}): is {settings.cert} of the "
+                        "broker's own fleet, and not expired?"
+                    )
                 case _:
                     pass
     raise LinkError(f"{settings.host}:{settings.port}: no answer within {settings.connect_timeout:.0f} s")

@@ -281,7 +281,7 @@ def _from_file(path: Path) -> object:
 
 def _where(error: BaseException) -> str:
     frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename != __file__]
-    own = [one for one in frames if not one.filename.startswith("<frozen")]
+    own = [one for one in frames if not one.filename.startswith("<frozen") and "/importlib/" not in one.filename]
     return f" ({Path(own[-1].filename).name} line {own[-1].lineno})" if own else ""
 
 

@@ -121,6 +121,8 @@ class TaskFile(Section, frozen=True, kw_only=True):
 
 def load(path: Path) -> TaskFile:
     """Read and check a task file; raises ConfigError naming file, key and what is allowed."""
+    if not path.exists():
+        raise ConfigError(str(path), "", "there is no such file; name the task file with --task")
     task = config.load(path, TaskFile)
     _check(path, task)
     return task

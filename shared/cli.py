@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -63,8 +64,9 @@ def epilog(*examples: str) -> str:
 class Parser(argparse.ArgumentParser):
     """An argparse parser as both commands want it: no abbreviations, examples and exit codes printed as written."""
 
-    def __init__(self, *, examples: tuple[str, ...] = (), **options: object) -> None:
+    def __init__(self, *, description: str = "", examples: tuple[str, ...] = (), **options: object) -> None:
         super().__init__(
+            description=textwrap.fill(description, 80),
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=epilog(*examples),

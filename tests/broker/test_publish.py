@@ -1,6 +1,8 @@
 """aggregator.publish over a real broker: what reaches it, what the fleet answers, and the plain client's way."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from safetensors import safe_open
 
 from aggregator import cli, release
 from aggregator.broker import Broker
+from edge_agent import cli as edge_agent_cli
 from shared import signing, topics, wire
 from shared.messages import AggregatorStatus, ReleaseMessage, Role
 from tests.broker.broker import HOST, Fleet, Peer
@@ -166,7 +169,8 @@ def test_a_stranger_cannot_publish(
     shutil.copytree(fleet.folder / "root", other / "root", dirs_exist_ok=True)
     shutil.copy(fleet.authority, other / "operator" / "ca.crt")
     assert cli.main(["release", "publish", str(built), "--wait", "0", "--fleet", str(other)]) == 5
-    assert capsys.readouterr().err.count("\n") == 1
+    err = capsys.readouterr().err
+    assert "operator.crt" in err and err.count("\n") == 1
     assert _retained(fleet, topics.RELEASE) == []
 
 
@@ -251,32 +255,73 @@ def test_export_refuses_what_does_not_verify(fleet: Fleet, built: Path, tmp_path
         assert not out.exists()
 
 
-def test_the_real_aggregator_takes_a_release(
-    fleet: Fleet, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Publish, status, task list and export work together with a running aggregator, and it ends cleanly."""
+@pytest.fixture
+def aggregator(fleet: Fleet, tmp_path: Path) -> Iterator[list[str]]:
+    """A running aggregator with a state of its own; the option that names its configuration. It must end cleanly."""
     copy = tmp_path / "aggregator"
     shutil.copytree(fleet.folder / "aggregator", copy)
     config = ["--config", str(copy / "aggregator.toml")]
-    log = (tmp_path / "log").open("wb")
-    daemon = subprocess.Popen(
-        [sys.executable, "-m", "aggregator.cli", "run", *config], cwd=ROOT, stderr=log, stdout=log
-    )
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        daemon = subprocess.Popen(
+            [sys.executable, "-m", "aggregator.cli", "run", *config], cwd=ROOT, stderr=file, stdout=file
+        )
     try:
-        assert _publish(fleet, built, "60", "--json") == 0, (tmp_path / "log").read_text()
-        assert json.loads(capsys.readouterr().out)["number"] == 0
-        assert cli.main(["task", "list", *config, "--json"]) == 0
-        tasks = json.loads(capsys.readouterr().out)["tasks"]
-        assert [(task["task"], task["release"]) for task in tasks] == [("digits", 0)]
-        out = tmp_path / "digits.safetensors"
-        assert cli.main(["model", "export", "digits", "-o", str(out), "--fleet", str(fleet.folder)]) == 0
-        end = time.monotonic() + 30
-        while cli.main(["status", *config, "--json"]) != 0:
-            assert time.monotonic() < end
-        capsys.readouterr()
+        yield config
     finally:
         daemon.send_signal(signal.SIGTERM)
-        assert daemon.wait(30) == 0, (tmp_path / "log").read_text()
-        log.close()
+        code = daemon.wait(30)
+    assert (code, b"Traceback" in log.read_bytes()) == (0, False), log.read_text()
     assert cli.main(["status", *config]) == 5
-    assert b"Traceback" not in (tmp_path / "log").read_bytes()
+
+
+def test_the_real_aggregator_takes_a_release(
+    fleet: Fleet, aggregator: list[str], built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Publish, status, task list and export work together with a running aggregator."""
+    assert _publish(fleet, built, "60", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["number"] == 0
+    assert cli.main(["task", "list", *aggregator, "--json"]) == 0
+    tasks = json.loads(capsys.readouterr().out)["tasks"]
+    assert [(task["task"], task["release"]) for task in tasks] == [("digits", 0)]
+    out = tmp_path / "digits.safetensors"
+    assert cli.main(["model", "export", "digits", "-o", str(out), "--fleet", str(fleet.folder)]) == 0
+    end = time.monotonic() + 30
+    while cli.main(["status", *aggregator, "--json"]) != 0:
+        assert time.monotonic() < end
+
+
+@pytest.mark.usefixtures("aggregator")
+def test_the_examples_readme_works(fleet: Fleet, tmp_path: Path) -> None:
+    """Every shell block of the example's README runs as it stands, in order."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "fleet").symlink_to(fleet.folder)
+    (site / "examples").symlink_to(ROOT / "examples")
+    text = (DIGITS / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for block in blocks:
+        done = subprocess.run(
+            ["sh", "-eu", "-c", block],
+            cwd=site,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "All keys matched" in done.stdout
+
+
+def test_the_examples_configuration_loads(fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The TOML that the example's README adds to a device's configuration is valid there."""
+    text = (DIGITS / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    bundle = tmp_path / "bundle"
+    shutil.copytree(fleet.bundle("reader"), bundle)
+    with (bundle / "agent.toml").open("a", encoding="utf-8") as file:
+        file.write(block)
+    assert edge_agent_cli.main(["config", "check", "--config", str(bundle / "agent.toml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["digits"]["path"] == "/srv/digits.npz"

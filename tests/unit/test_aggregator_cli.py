@@ -253,7 +253,7 @@ def test_show_checks_signatures(
     spoilt.write_bytes(data)
     capsys.readouterr()
     assert cli.main(["release", "show", str(spoilt), *fleet]) == 3
-    assert capsys.readouterr().err.startswith("aggregator: wrong_digest")
+    assert capsys.readouterr().err.startswith(f"aggregator: {spoilt}: wrong_digest")
     assert cli.main(["release", "show", str(tmp_path / "none"), *fleet]) == 1
 
 

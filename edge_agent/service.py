@@ -358,11 +358,10 @@ class Service:
         )
         fresh = self._trainer.pid is None
         try:
-            self._trainer.submit(job)
+            self._job_pid = self._trainer.submit(job)
         except TrainingError as error:
             yield core.TrainerGone(error.reason, error.detail)
             return
-        self._job_pid = self._trainer.pid
         if fresh:
             tell(Event.TRAINER_STARTED, pid=self._job_pid)
         tell(Event.TRAINING_STARTED, task=manifest.task, round=offer.round, release=effect.release.number)

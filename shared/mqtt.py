@@ -220,6 +220,10 @@ class Link:
         longest = max(shortest, self._settings.backoff_max * random.uniform(0.5, 1.5))
         self._client.reconnect_delay_set(max(1, round(shortest)), max(1, round(longest)))
 
+    def _on_socket_open(self, _c: object, _u: object, sock: socket.socket) -> None:
+        # MQTT answers small packets with small packets; Nagle's algorithm would hold each back for up to 40 ms.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
     def _on_connect(
         self, _c: object, _u: object, flags: paho.ConnectFlags, code: ReasonCode, props: Properties | None
     ) -> None:

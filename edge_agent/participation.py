@@ -486,7 +486,9 @@ class Participation:
 
     def _sensed(self, facts: DeviceFacts, now: Instant) -> list[Effect]:
         self.facts = facts
-        self.obstacles = obstacles(self.policy, None, self.facts)
+        # While a task is trained its publisher's conditions hold too; whether the device is eligible is the owner's word.
+        manifest = None if self.work is None else self.tasks[self.work.task].manifest
+        self.obstacles = obstacles(self.policy, None if manifest is None else manifest.conditions, facts)
         if not self._gate.observe(self.obstacles, now.mono, self.work is not None):
             return []
         effects: list[Effect] = [EligibilityChanged(self.eligible, self.obstacles)]

@@ -79,7 +79,7 @@ class Service:
         for kept in self._store.load():
             self._participation.tasks[kept.name] = _restore(kept)
         self.mailbox: Mailbox[ServiceEvent] = Mailbox()
-        self._threads = config.trainer.threads or max(1, (os.cpu_count() or 2) - 1)
+        self._threads = config.trainer.threads or max(1, len(os.sched_getaffinity(0)) - 1)
         self._trainer = Trainer(
             self.mailbox.post,
             Settings(
@@ -191,8 +191,6 @@ class Service:
             raise RemoteProtocolError(Reason.TOO_LARGE, f"{len(message.payload)} bytes, the limit is {limit}")
         if message.topic == self._topics.command(self._device, "receipt"):
             return self._participation.handle(core.ReceiptArrived(wire.unpack(message.payload, Signed, 65_536)), now)
-        if not message.payload and message.topic.startswith("models/"):
-            return []  # a cleared retained message; what was accepted stays
         if message.topic.endswith("/release"):
             task = parse_task(message.topic, "release")
             release = wire.unpack(message.payload, ReleaseMessage, limit)
@@ -229,15 +227,18 @@ class Service:
             case "status":
                 event.reply(self._status(now))
                 return []
-            case "pause":
-                seconds = event.request.seconds
-                sensors.pause(self._config.device.state_dir, None if seconds is None else now.utc + seconds)
-                tell(Event.DEVICE_PAUSED, seconds=seconds)
-                event.reply({"paused": True, "seconds": seconds})
-            case "resume":
-                sensors.resume(self._config.device.state_dir)
-                tell(Event.DEVICE_RESUMED)
-                event.reply({"paused": False})
+            case "pause" | "resume" as verb:
+                state, seconds = self._config.device.state_dir, event.request.seconds
+                try:
+                    if verb == "pause":
+                        sensors.pause(state, None if seconds is None else now.utc + seconds)
+                    else:
+                        sensors.resume(state)
+                except OSError as error:
+                    event.reply({"error": f"{state}: {error.strerror}; nothing was changed"})
+                    return []
+                tell(Event.DEVICE_PAUSED if verb == "pause" else Event.DEVICE_RESUMED, seconds=seconds)
+                event.reply({"paused": verb == "pause", "seconds": seconds})
         return self._participation.handle(core.Wake(), now)
 
     # -- the shell's side --------------------------------------------------------------------------------------

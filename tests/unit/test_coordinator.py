@@ -1,0 +1,524 @@
+"""The aggregator's machine: releases in, rounds opened and closed, heads judged, each device counted once."""
+
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec import structs
+
+from aggregator import coordinator as core
+from aggregator.coordinator import Coordinator, Effect, HeadReceived
+from shared import signing, trust, wire
+from shared.errors import LocalProtocolError, Reason, RemoteProtocolError
+from shared.machine import Instant, Tick
+from shared.messages import (
+    BlobRef,
+    DeviceStatus,
+    FedAvg,
+    OfferState,
+    Outcome,
+    PlainBody,
+    Receipt,
+    Release,
+    ReleaseMessage,
+    RoundOffer,
+    UpdateContext,
+    UpdateHead,
+)
+from shared.opset import OPSET_VERSION
+from tests.records import DIMENSION, NOW, Records, key, later, weights
+
+RECORDS = Records()
+BODY = PlainBody(examples=40, steps=10, metrics={}, holdout=0)
+
+
+def status(**changes: object) -> DeviceStatus:
+    """A device that would train now."""
+    base = DeviceStatus(1, b"12345678", True, "0.1.0", [OPSET_VERSION], True, [], ["points"], int(NOW.utc))
+    return structs.replace(base, **changes)
+
+
+@dataclass
+class Bench:
+    """A coordinator under test, and what it has told the shell to do."""
+
+    machine: Coordinator = field(
+        default_factory=lambda: Coordinator(
+            RECORDS.trust,
+            core.signer(RECORDS.aggregator),
+            lambda: (b"private" * 4, b"p" * 32),
+            signing.public_bytes(RECORDS.aggregator),
+        )
+    )
+    now: Instant = NOW
+    effects: list[Effect] = field(default_factory=list)
+
+    def tell(self, *events: core.Event) -> list[Effect]:
+        """Handle events; returns what they led to."""
+        start = len(self.effects)
+        for event in events:
+            self.effects += self.machine.handle(event, self.now)
+        return self.effects[start:]
+
+    def after(self, seconds: float) -> list[Effect]:
+        """Let time pass and the deadline come."""
+        self.now = later(seconds, self.now)
+        return self.tell(Tick())
+
+    def begin(self, message: ReleaseMessage | None = None, devices: str = "abc") -> list[Effect]:
+        """Link, release and live devices: a round is open."""
+        self.tell(core.LinkReady(True), core.ReleaseReceived(message or RECORDS.message()))
+        return self.tell(*(core.StatusReceived(device, status()) for device in devices))
+
+    @property
+    def offer(self) -> RoundOffer:
+        """The newest offer."""
+        offer = self.machine.tasks["points"].offer
+        assert offer is not None
+        return offer
+
+    def head(self, device: str, salt: bytes = b"1", **changes: Any) -> HeadReceived:
+        """A device's head for the newest offer."""
+        offer = self.offer
+        context = UpdateContext(
+            v=1,
+            task="points",
+            manifest=offer.manifest,
+            release=offer.release,
+            round=offer.round,
+            device=device,
+            report=sha256(salt).digest()[:16],
+            mode="plain",
+            k_min=0,
+            codec="fp32",
+            dimension=DIMENSION,
+        )
+        context = structs.replace(context, **changes)
+        head = UpdateHead(1, wire.pack(context), bytes(80), 100, bytes(32), 0, b"certificate", [])
+        signed = wire.pack(head)
+        return HeadReceived(sha256(signed).digest(), head, context, signed, b"signature", b"body")
+
+    def update(self, device: str, salt: bytes = b"1", **changes: Any) -> list[Effect]:
+        """A device's whole update, if its body is asked for."""
+        received = self.head(device, salt, **changes)
+        first = self.tell(received)
+        if any(isinstance(each, core.Open) for each in first):
+            return first + self.tell(core.UpdateOpened(received, BODY))
+        return first
+
+    def reduce(self) -> list[Effect]:
+        """The shell has made the new weights."""
+        closing = self.machine.tasks["points"].closing
+        assert closing is not None
+        blob = weights(float(closing.number))
+        ref = BlobRef(sha256(blob).digest(), len(blob))
+        return self.tell(core.RoundReduced("points", closing.number, ref, {"loss": 1.0}))
+
+
+def only(effects: list[Effect], kind: type[Effect]) -> list[Effect]:
+    """The effects of one kind."""
+    return [each for each in effects if isinstance(each, kind)]
+
+
+def receipts(effects: list[Effect]) -> list[Receipt]:
+    """What devices were told, verified as a device does."""
+    manifest = RECORDS.manifest()
+    return [trust.receipt(each.receipt, manifest) for each in effects if isinstance(each, core.Reply)]
+
+
+def refused(bench: Bench, message: ReleaseMessage) -> Reason:
+    """Why a release does not enter; the machine is as before."""
+    before = dict(bench.machine.tasks)
+    with pytest.raises(RemoteProtocolError) as caught:
+        bench.tell(core.ReleaseReceived(message))
+    assert bench.machine.tasks == before
+    return caught.value.reason
+
+
+# -- releases ----------------------------------------------------------------------------------------------------
+
+
+def test_a_release_enters() -> None:
+    """It is stored before it is published."""
+    bench = Bench()
+    effects = bench.tell(core.LinkReady(True), core.ReleaseReceived(RECORDS.message()))
+    assert [type(each) for each in effects] == [core.AdoptRelease, core.PublishRelease]
+
+
+def test_the_same_release_again_changes_nothing() -> None:
+    """It is retained, so it comes on every connect; so do our own announcements."""
+    bench = Bench()
+    bench.begin()
+    assert bench.tell(core.ReleaseReceived(RECORDS.message())) == []
+    bare = structs.replace(RECORDS.message(number=1), graphs=None, weights=None)
+    assert bench.tell(core.ReleaseReceived(bare)) == []
+
+
+def test_releases_that_do_not_enter() -> None:
+    """Older, forked, in parts, expired, of another aggregator, of a wrong layout, or not a first release."""
+    bench = Bench()
+    bench.begin(RECORDS.message(RECORDS.manifest(version=2)))
+    assert refused(bench, RECORDS.message(RECORDS.manifest(version=1))) is Reason.ROLLBACK
+    assert refused(bench, RECORDS.message(RECORDS.manifest(version=2, goal=4))) is Reason.EQUIVOCATION
+    newer = RECORDS.message(RECORDS.manifest(version=3))
+    assert refused(bench, structs.replace(newer, weights=None)) is Reason.MISSING_PART
+    assert refused(bench, RECORDS.message(RECORDS.manifest(version=3, expires=int(NOW.utc)))) is Reason.EXPIRED
+    assert refused(bench, RECORDS.message(RECORDS.manifest(version=3), number=1)) is Reason.ROLLBACK
+    other = Records(aggregator=key(8))
+    assert refused(bench, other.message(other.manifest(version=3))) is Reason.UNKNOWN_KEY
+    blob = b"not safetensors"
+    signed = RECORDS.release(newer.manifest, 0, blob)
+    assert refused(bench, structs.replace(newer, release=signed, weights=blob)) is Reason.WEIGHTS_INVALID
+
+
+def test_a_newer_manifest_supersedes_the_open_round() -> None:
+    """The old offer is closed and its key given up, before the new release goes out."""
+    bench = Bench()
+    bench.begin()
+    effects = bench.tell(core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=2))))
+    kinds = [type(each) for each in effects]
+    assert kinds == [core.ReviseRound, core.AbandonRound, core.AdoptRelease, core.PublishRelease, core.OpenRound]
+    assert effects[0].offer.state is OfferState.CLOSED  # type: ignore[union-attr]
+    assert (bench.offer.round, bench.offer.sequence) == (1, 0)
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------
+
+
+def test_a_round_opens_when_enough_are_there() -> None:
+    """With min_updates eligible devices, on a link that is up, and not before."""
+    bench = Bench()
+    bench.tell(core.ReleaseReceived(RECORDS.message()))
+    assert bench.tell(*(core.StatusReceived(device, status()) for device in "ab")) == []
+    opened = bench.tell(core.LinkReady(False))
+    assert len(only(opened, core.OpenRound)) == 1
+    offer = trust.offer(opened[-1].signed, RECORDS.message().manifest, RECORDS.manifest())  # type: ignore[union-attr]
+    assert (offer.state, offer.round, offer.clip) == (OfferState.OPEN, 1, 10.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"online": False},
+        {"eligible": False},
+        {"datasets": ["other"]},
+        {"opsets": [99]},
+        {"sent": int(NOW.utc) - 13 * 3600},
+    ],
+)
+def test_who_is_not_eligible(change: dict[str, object]) -> None:
+    """Offline, blocked, without the data, with other operators, or unheard of for 13 hours."""
+    bench = Bench()
+    assert bench.begin(devices="a") == []
+    assert only(bench.tell(core.StatusReceived("b", status(**change))), core.OpenRound) == []
+    assert len(only(bench.tell(core.StatusReceived("b", status(session=b"another1"))), core.OpenRound)) == 1
+
+
+def test_a_late_will_does_not_erase_a_newer_birth() -> None:
+    """The will of an earlier session says nothing about this one."""
+    bench = Bench()
+    bench.begin(devices="ab")
+    bench.tell(core.StatusReceived("a", status(online=False, session=b"earlier1")))
+    assert bench.machine.devices["a"].online
+    bench.tell(core.StatusReceived("a", status(online=False)))
+    assert not bench.machine.devices["a"].online
+
+
+def test_the_goal_closes_the_round() -> None:
+    """Closed is published when closing starts, then the new release, then the next round on it."""
+    bench = Bench()
+    bench.begin()
+    for device in "ab":
+        assert only(bench.update(device), core.Reduce) == []
+    last = bench.update("c")
+    assert [type(each) for each in last] == [core.Open, core.Contribute, core.Reply, core.ReviseRound, core.Reduce]
+    assert bench.offer.state is OfferState.CLOSED
+    assert [type(each) for each in bench.reduce()] == [core.StoreRelease, core.PublishRelease, core.OpenRound]
+    task = bench.machine.tasks["points"]
+    release = RECORDS.trust.release(task.release_signed, task.manifest_signed, task.manifest)
+    assert (release.number, release.metrics) == (1, {"loss": 1.0})
+    assert release.parent == signing.digest(RECORDS.message().release)
+    assert (bench.offer.round, bench.offer.release) == (2, signing.digest(task.release_signed))
+
+
+def test_the_deadline_closes_with_the_minimum() -> None:
+    """Two of a goal of three are enough when the time is up."""
+    bench = Bench()
+    bench.begin()
+    bench.update("a")
+    bench.update("b")
+    assert only(bench.after(59), core.Reduce) == []
+    assert len(only(bench.after(1), core.Reduce)) == 1
+
+
+def test_too_few_extend() -> None:
+    """One of two is not enough: the deadline moves, what came is kept, and the late one completes it."""
+    bench = Bench()
+    bench.begin()
+    bench.update("a")
+    first = bench.offer
+    assert [type(each) for each in bench.after(60)] == [core.ReviseRound]
+    trust.continues(bench.offer, first)
+    assert bench.offer.deadline > first.deadline
+    assert bench.machine.tasks["points"].phase == "starved"
+    bench.update("b")
+    assert only(bench.after(60), core.Reduce)
+
+
+def test_the_last_round_finishes_the_task() -> None:
+    """After the plan's rounds the offer says finished, and nothing opens any more."""
+    bench = Bench()
+    bench.begin(RECORDS.message(RECORDS.manifest(rounds=2)))
+    for _ in range(2):
+        for device in "abc":
+            bench.update(device)
+        last = bench.reduce()
+    assert isinstance(last[-1], core.FinishTask)
+    assert bench.offer.state is OfferState.FINISHED
+    assert bench.machine.tasks["points"].phase == "finished"
+    assert bench.tell(core.StatusReceived("d", status())) == []
+
+
+def test_participation_rises_when_the_selected_go_away() -> None:
+    """Those who are there now are selected instead, at once, in a re-issue that devices accept."""
+    bench = Bench()
+    devices = [f"dev-{number}" for number in range(20)]
+    bench.tell(core.LinkReady(True), *(core.StatusReceived(device, status()) for device in devices))
+    bench.tell(core.ReleaseReceived(RECORDS.message()))
+    current = bench.machine.tasks["points"].round
+    assert current is not None
+    chosen = [device for device in devices if current.selected(device)]
+    assert len(chosen) == 3
+    before = bench.offer
+    revised = bench.tell(core.StatusReceived(chosen[0], status(online=False)))
+    assert [type(each) for each in revised] == [core.ReviseRound]
+    trust.continues(bench.offer, before)
+    assert sum(current.selected(device) for device in devices) == 4
+    assert bench.tell(core.StatusReceived(devices[0], status())) == []
+
+
+# -- updates -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_by_examples_or_uniform() -> None:
+    """The claimed examples count up to the cap; uniform weights ignore them."""
+    bench = Bench()
+    bench.begin(RECORDS.message(RECORDS.manifest(algorithm=FedAvg("examples", cap=25))))
+    assert [each.weight for each in only(bench.update("a"), core.Contribute)] == [25.0]  # type: ignore[union-attr]
+    bench = Bench()
+    bench.begin(RECORDS.message(RECORDS.manifest(algorithm=FedAvg("uniform"))))
+    assert [each.weight for each in only(bench.update("a"), core.Contribute)] == [1.0]  # type: ignore[union-attr]
+
+
+def test_the_same_head_again_gets_the_same_answer_and_counts_once() -> None:
+    """A device that lost its receipt sends the identical head."""
+    bench = Bench()
+    bench.begin()
+    bench.update("a")
+    again = bench.update("a")
+    assert [each.outcome for each in receipts(again)] == [Outcome.ACCEPTED]
+    assert only(again, core.Contribute) == []
+    another = bench.update("a", salt=b"2")
+    assert [(each.outcome, each.reason) for each in receipts(another)] == [(Outcome.DUPLICATE, "duplicate")]
+    assert len(only(bench.effects, core.Contribute)) == 1
+
+
+def test_two_heads_of_one_device_in_one_batch() -> None:
+    """Both are opened, the first counts."""
+    bench = Bench()
+    bench.begin()
+    one, two = bench.head("a", b"1"), bench.head("a", b"2")
+    bench.tell(one, two)
+    effects = bench.tell(core.UpdateOpened(one, BODY), core.UpdateOpened(two, BODY))
+    assert [each.outcome for each in receipts(effects)] == [Outcome.ACCEPTED, Outcome.DUPLICATE]
+    assert len(only(effects, core.Contribute)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "outcome", "reason"),
+    [
+        ({"task": "other"}, Outcome.UNKNOWN, "wrong_task"),
+        ({"manifest": bytes(32)}, Outcome.SUPERSEDED, "wrong_manifest"),
+        ({"release": bytes(32)}, Outcome.REJECTED, "wrong_digest"),
+        ({"round": 2}, Outcome.UNKNOWN, "no_such_round"),
+    ],
+)
+def test_heads_that_do_not_fit(change: dict[str, Any], outcome: Outcome, reason: str) -> None:
+    """Of no task, another manifest, another release or a future round: answered, never opened."""
+    bench = Bench()
+    bench.begin()
+    effects = bench.update("a", **change)
+    assert only(effects, core.Open) == []
+    (reply,) = [each for each in effects if isinstance(each, core.Reply)]
+    found = wire.unpack(reply.receipt.payload, Receipt)
+    assert (found.outcome, found.reason) == (outcome, reason)
+
+
+def test_who_was_not_selected_is_not_opened() -> None:
+    """The aggregator computes the selection itself, so a hostile device cannot volunteer."""
+    bench = Bench()
+    devices = [f"dev-{number}" for number in range(20)]
+    bench.tell(core.LinkReady(True), *(core.StatusReceived(device, status()) for device in devices))
+    bench.tell(core.ReleaseReceived(RECORDS.message()))
+    current = bench.machine.tasks["points"].round
+    assert current is not None
+    stranger = next(device for device in devices if not current.selected(device))
+    effects = bench.update(stranger)
+    assert only(effects, core.Open) == []
+    assert [each.outcome for each in receipts(effects)] == [Outcome.NOT_SELECTED]
+
+
+def test_an_update_that_does_not_hold_is_forgotten() -> None:
+    """The reason goes to the device, and it may send a good one after all."""
+    bench = Bench()
+    bench.begin()
+    received = bench.head("a")
+    bench.tell(received)
+    effects = bench.tell(core.UpdateSpoilt(received, RemoteProtocolError(Reason.NORM, "too long")))
+    assert [type(each) for each in effects] == [core.Refuse, core.Reply]
+    assert [(each.outcome, each.reason) for each in receipts(effects)] == [(Outcome.REJECTED, "norm")]
+    assert only(bench.update("a", salt=b"2"), core.Contribute)
+
+
+def test_an_earlier_round_is_looked_up() -> None:
+    """An identical head gets its original outcome, another one is late."""
+    bench = Bench()
+    bench.begin()
+    first = bench.head("a")
+    for device in "abc":
+        bench.update(device)
+    bench.reduce()
+    (recall,) = bench.tell(first)
+    assert isinstance(recall, core.Recall)
+    known = bench.tell(core.HeadRecalled(first, Outcome.ACCEPTED))
+    assert [each.outcome for each in receipts(known)] == [Outcome.ACCEPTED]
+    unknown = bench.tell(core.HeadRecalled(first, None))
+    assert [each.outcome for each in receipts(unknown)] == [Outcome.LATE]
+    other = bench.tell(core.HeadRecalled(first, Outcome.DUPLICATE))
+    assert [each.outcome for each in receipts(other)] == [Outcome.DUPLICATE]
+
+
+def test_an_update_that_opens_after_the_closing_is_late() -> None:
+    """What the goal did not need is not counted in a later round."""
+    bench = Bench()
+    bench.begin()
+    late = bench.head("d")
+    bench.tell(core.StatusReceived("d", status()), late)
+    for device in "abc":
+        bench.update(device)
+    effects = bench.tell(core.UpdateOpened(late, BODY))
+    assert [each.outcome for each in receipts(effects)] == [Outcome.LATE]
+
+
+# -- restarts ----------------------------------------------------------------------------------------------------
+
+
+def test_a_restart_finishes_what_was_closing_and_says_everything_again() -> None:
+    """The reduction is done over, newest release and offer are published once the link is there."""
+    bench = Bench()
+    bench.begin()
+    for device in "abc":
+        bench.update(device)
+    again = Bench()
+    again.machine.tasks = bench.machine.tasks
+    effects = again.tell(core.LinkReady(True))
+    assert [type(each) for each in effects] == [core.Reduce, core.PublishRelease, core.PublishOffer]
+
+
+def test_a_session_that_the_broker_kept_needs_nothing() -> None:
+    """A short cut of the link repeats no release."""
+    bench = Bench()
+    bench.begin()
+    assert bench.tell(core.LinkReady(False)) == []
+    assert [type(each) for each in bench.tell(core.LinkReady(True))] == [core.PublishRelease, core.PublishOffer]
+
+
+def test_reducing_a_round_that_is_not_closing_is_our_bug() -> None:
+    """It stops the daemon instead of making a release of nothing."""
+    bench = Bench()
+    bench.begin()
+    with pytest.raises(LocalProtocolError):
+        bench.tell(core.RoundReduced("points", 1, BlobRef(bytes(32), 1), {}))
+
+
+class Rounds(RuleBasedStateMachine):
+    """Whatever devices do in whatever order: one device counts at most once a round, and numbers only rise."""
+
+    DEVICES = "abcdef"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bench = Bench()
+        self.bench.tell(core.LinkReady(True), core.ReleaseReceived(RECORDS.message(RECORDS.manifest(rounds=1000))))
+        self.counted: dict[int, list[str]] = {}
+
+    @rule(device=st.sampled_from(DEVICES), online=st.booleans(), eligible=st.booleans())
+    def presence(self, device: str, online: bool, eligible: bool) -> None:
+        """A device comes or goes."""
+        self.bench.tell(core.StatusReceived(device, status(online=online, eligible=eligible)))
+
+    @precondition(lambda self: self.bench.machine.tasks["points"].offer is not None)
+    @rule(device=st.sampled_from(DEVICES), salt=st.sampled_from([b"1", b"2"]), back=st.integers(0, 2))
+    def update(self, device: str, salt: bytes, back: int) -> None:
+        """A device sends for this round or an earlier one, perhaps again, perhaps something else."""
+        number = max(1, self.bench.offer.round - back)
+        for effect in self.bench.update(device, salt, round=number):
+            if isinstance(effect, core.Contribute):
+                self.counted.setdefault(effect.received.context.round, []).append(device)
+
+    @rule(seconds=st.sampled_from([1.0, 30.0, 61.0, 500.0]))
+    def wait(self, seconds: float) -> None:
+        """Time passes."""
+        self.bench.after(seconds)
+
+    @precondition(lambda self: self.bench.machine.tasks["points"].closing is not None)
+    @rule()
+    def reduce(self) -> None:
+        """The shell is done."""
+        self.bench.reduce()
+
+    @invariant()
+    def once(self) -> None:
+        """No device twice, never more than the goal."""
+        for devices in self.counted.values():
+            assert len(devices) == len(set(devices)) <= 3
+
+    @invariant()
+    def offers_continue(self) -> None:
+        """Rounds and sequences rise, releases follow each other."""
+        offers = [each.offer for each in self.bench.effects if isinstance(each, core.OpenRound | core.ReviseRound)]
+        assert [(each.round, each.sequence) for each in offers] == sorted(
+            {(each.round, each.sequence) for each in offers}
+        )
+        for before, after in pairwise(offers):
+            if before.round == after.round:
+                trust.continues(after, before)
+        releases = [each.release.number for each in self.bench.effects if isinstance(each, core.StoreRelease)]
+        assert releases == list(range(1, len(releases) + 1))
+
+    @invariant()
+    def a_release_has_enough_behind_it(self) -> None:
+        """No release of fewer than min_updates."""
+        for effect in self.bench.effects:
+            if isinstance(effect, core.StoreRelease):
+                assert effect.updates == len(self.counted[effect.round_number]) >= 2
+
+
+Rounds.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestRounds = Rounds.TestCase
+
+
+def test_release_payload_is_a_release() -> None:
+    """What is stored is what was signed."""
+    bench = Bench()
+    bench.begin()
+    for device in "abc":
+        bench.update(device)
+    (stored,) = only(bench.reduce(), core.StoreRelease)
+    assert isinstance(stored, core.StoreRelease)
+    assert wire.unpack(stored.signed.payload, Release) == stored.release

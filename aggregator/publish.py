@@ -157,8 +157,8 @@ def _first(mailbox: Mailbox[LinkEvent], settings: LinkSettings) -> LinkUp:
                 case LinkDown(cause) | LinkBroken(cause):
                     # With TLS 1.3 a broker that dislikes our certificate says so only after the handshake, if at all.
                     raise LinkError(
-                        f"{settings.host}:{settings.port} hung up without a greeting ({cause}): is {settings.cert} of the "
-                        "broker's own fleet, and not expired?"
+                        f"{settings.host}:{settings.port} hung up without a greeting ({cause}): is {settings.cert} "
+                        "of the broker's own fleet, and not expired?"
                     )
                 case _:
                     pass

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -208,6 +209,21 @@ def test_build_says_what_it_made(site: Path, fleet: list[str], capsys: pytest.Ca
     assert cli.main(build) == 1
     assert "--force" in capsys.readouterr().err
     assert cli.main([*build, "--force"]) == 0
+
+
+def test_build_finds_modules_in_the_working_folder(
+    fleet: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model named as package.module:attribute is found as `python -m` would find it."""
+    package = tmp_path / "fieldfare_example_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    shutil.copy(DIGITS / "model.py", package / "net.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one])
+    model = ["fieldfare_example_package.net:Digits", "--loss", "cross_entropy", "--task", str(DIGITS / "task.toml")]
+    assert cli.main(["release", "build", *model, "-o", "out.msgpack", *fleet, "--json"]) == 0
+    assert _json(capsys)["task"] == "digits"
 
 
 def test_build_respects_the_fleets_limit(

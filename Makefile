@@ -33,7 +33,7 @@ test: ## lint and every test; ARGS='-k wire -x' go to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 demo: setup ## a fleet of devices learns ten digits; DEVICES=8 ROUNDS=15
-	$(BIN)/python examples/digits/demo.py --devices $(DEVICES) --rounds $(ROUNDS) $(ARGS)
+	$(BIN)/python -m examples.digits.demo --devices $(DEVICES) --rounds $(ROUNDS) $(ARGS)
 
 bench: setup ## every benchmark; JSON under build/bench
 	$(BIN)/python bench/run.py $(ARGS)

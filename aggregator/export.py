@@ -527,12 +527,26 @@ def _needed(nodes: Any) -> set[str]:
         name = str(node.target)
         if name in _ASSERTIONS:
             continue
-        known = OPERATORS.get(name)
-        effect = node.op == "output" or (known is not None and (known.inplace or known.random or known.stats))
+        effect = node.op == "output" or (node.op == "call_function" and _has_effect(node))
         if effect or node.name in needed:
             needed.add(node.name)
             needed.update(source.name for source in node.all_input_nodes)
     return needed
+
+
+def _has_effect(node: torch.fx.Node) -> bool:
+    """Whether a node does more than give a result. One of an unknown kind is taken to, so that it is refused."""
+    known = OPERATORS.get(str(node.target))
+    if known is not None:
+        return known.inplace or known.random or known.stats
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return node.target is not operator.getitem and not _is_arithmetic(node.target)
+
+
+def _is_arithmetic(target: Any) -> bool:
+    """Whether a target computes with sizes alone: Python's operators and torch's symbolic functions."""
+    return getattr(target, "__module__", "") in ("_operator", "math", "torch")
 
 
 def _sample(node: torch.fx.Node) -> Any:
@@ -578,14 +592,14 @@ def _explain(error: BaseException, kind: Kind) -> str:
         if not _is_ours(frame.f_code.co_filename)
     ]
     where = f" (at {frames[-1][0]}:{frames[-1][1]})" if frames else ""
-    if "Constraints violated" in said or "specialized" in said:
+    if "data-dependent" in said or "DataDependent" in type(error).__name__:
+        what = f"what forward does depends on the values of a tensor: {said.splitlines()[0]:.200}"
+        remedy = "no `if`, loop, .item(), int() or list() on a tensor's values; use torch.where or masks"
+    elif "Constraints violated" in said or "specialized" in said:
         guards = [line.strip(" -") for line in said.splitlines() if line.strip().startswith("- ")]
         first = guards[0] if guards else said.splitlines()[0]
         what = f"the module does not take batches of every size: {first.split('. If you')[0]:.300}"
         remedy = "write it for any batch size: no fixed first dimension, no assumption on x.shape[0]"
-    elif "data-dependent" in said or "DataDependent" in type(error).__name__:
-        what = f"what forward does depends on the values of a tensor: {said.splitlines()[0]:.200}"
-        remedy = "no `if`, loop, .item(), int() or list() on a tensor's values; use torch.where or masks"
     elif ".numpy()" in said:
         what = "forward leaves torch for numpy"
         remedy = "compute with torch operators only"

@@ -50,6 +50,8 @@ aten.conv3d.padding (input:T weight:T bias:T?= stride:p[]= padding:same|valid= d
 aten.conv_transpose1d.default (input:T weight:T bias:T?= stride:p[]= padding:n[]= output_padding:n[]= groups:p= dilation:p[]=) -> T
 aten.conv_transpose2d.input (input:T weight:T bias:T?= stride:p[]= padding:n[]= output_padding:n[]= groups:p= dilation:p[]=) -> T
 aten.conv_transpose3d.input (input:T weight:T bias:T?= stride:p[]= padding:n[]= output_padding:n[]= groups:p= dilation:p[]=) -> T
+aten._weight_norm.default (v:T g:T dim:i=) -> T
+aten.cdist.default (x1:T x2:T p:f= compute_mode:i?=) -> T
 aten.embedding.default (weight:T indices:T padding_idx:i=) -> T
 aten.lstm.input (input:T hx:T[] params:T[] has_biases:b num_layers:p dropout:f train:b bidirectional:b batch_first:b) -> (T T T) [random]
 aten.gru.input (input:T hx:T params:T[] has_biases:b num_layers:p dropout:f train:b bidirectional:b batch_first:b) -> (T T) [random]
@@ -82,6 +84,8 @@ aten.upsample_nearest1d.vec (input:T output_size:n[]? scale_factors:f[]?) -> T
 aten.upsample_nearest2d.vec (input:T output_size:n[]? scale_factors:f[]?) -> T
 aten.upsample_bilinear2d.vec (input:T output_size:n[]? align_corners:b scale_factors:f[]?) -> T
 aten.upsample_linear1d.vec (input:T output_size:n[]? align_corners:b scale_factors:f[]?) -> T
+aten.upsample_bicubic2d.vec (input:T output_size:n[]? align_corners:b scale_factors:f[]?) -> T
+aten.channel_shuffle.default (self:T groups:p) -> T [view]
 aten.pixel_shuffle.default (self:T upscale_factor:p) -> T [view]
 aten.pixel_unshuffle.default (self:T downscale_factor:p) -> T [view]
 aten.dropout.default (input:T p:f train:b) -> T [view random]
@@ -218,6 +222,7 @@ aten.ceil.default (self:T) -> T
 aten.round.default (self:T) -> T
 aten.trunc.default (self:T) -> T
 aten.frac.default (self:T) -> T
+aten.logit.default (self:T eps:f?=) -> T
 aten.logaddexp.default (self:T other:T) -> T
 aten.nan_to_num.default (self:T nan:f?= posinf:f?= neginf:f?=) -> T
 aten.neg_.default (self:T) -> T [inplace]
@@ -230,12 +235,17 @@ aten.reciprocal_.default (self:T) -> T [inplace]
 aten.clamp_.default (self:T min:S?= max:S?=) -> T [inplace]
 aten.zero_.default (self:T) -> T [inplace]
 aten.fill_.Scalar (self:T value:S) -> T [inplace]
+aten.fill_.Tensor (self:T value:T) -> T [inplace]
+aten.masked_fill_.Tensor (self:T mask:T value:T) -> T [inplace]
+aten.index_put_.default (self:T indices:T?[] values:T accumulate:b=) -> T [inplace]
 aten.copy_.default (self:T src:T non_blocking:b=) -> T [inplace]
 aten.detach_.default (self:T) -> T [inplace]
 aten.masked_fill_.Scalar (self:T mask:T value:S) -> T [inplace]
 aten.lerp_.Scalar (self:T end:T weight:S) -> T [inplace]
 aten.clamp.default (self:T min:S?= max:S?=) -> T
 aten.clamp.Tensor (self:T min:T?= max:T?=) -> T
+aten.clip.default (self:T min:S?= max:S?=) -> T
+aten.clip_.default (self:T min:S?= max:S?=) -> T [inplace]
 aten.clamp_min.default (self:T min:S) -> T
 aten.clamp_max.default (self:T max:S) -> T
 aten.maximum.default (self:T other:T) -> T
@@ -305,6 +315,7 @@ aten.any.dim (self:T dim:i keepdim:b=) -> T
 aten.logsumexp.default (self:T dim:i[] keepdim:b=) -> T
 aten.norm.Scalar (self:T p:S=) -> T
 aten.norm.ScalarOpt_dim (self:T p:S? dim:i[] keepdim:b=) -> T
+aten.linalg_norm.default (self:T ord:S?= dim:i[]?= keepdim:b= * dtype:dtype?=) -> T
 aten.linalg_vector_norm.default (self:T ord:S= dim:i[]?= keepdim:b= * dtype:dtype?=) -> T
 aten.cumsum.default (self:T dim:i * dtype:dtype?=) -> T
 aten.cumprod.default (self:T dim:i * dtype:dtype?=) -> T

@@ -300,6 +300,24 @@ def test_rows_that_nothing_needs_are_left_out() -> None:
     assert "aten.rand.default" in found
 
 
+def test_changes_in_place_are_never_left_out() -> None:
+    """A change whose own result nothing uses still changes what is read later, by whatever operator it is made."""
+
+    def writing(model: Model, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        z = y.clone()
+        z[:, 0] = 0
+        z[:, 1:] += x[:, 0, :2]
+        z[z > 2] = 2
+        return z
+
+    model = Model(writing)
+    exported = export(model, "cross_entropy", [X], LABEL)
+    x, y = torch.randn(5, 4, 6) * 5, torch.tensor([0, 1, 2, 1, 0])
+    assert torch.equal(run(exported, model, [x, y]), functional.cross_entropy(model(x), y))
+    off_the_list = refused(Model(lambda m, y, x: (z := y.clone(), z[:, 0].erfinv_(), z)[-1]))
+    assert "aten.erfinv_.default" in off_the_list
+
+
 def test_several_inputs_and_outputs() -> None:
     """A module may take several inputs and return a structure, if its loss module takes what it returns."""
 

@@ -60,7 +60,8 @@ def _asked(
 ) -> int:
     from edge_agent import control
 
-    answer = control.ask(_config(options).device.run_dir, control.Request(verb, seconds))
+    # The keys need not be readable by everybody who may ask.
+    answer = control.ask(_config(options, files=False).device.run_dir, control.Request(verb, seconds))
     show(answer, options.json)
     return Exit.OK
 
@@ -72,10 +73,10 @@ def _config_check(options: argparse.Namespace) -> int:
     return Exit.OK
 
 
-def _config(options: argparse.Namespace) -> "AgentConfig":
+def _config(options: argparse.Namespace, files: bool = True) -> "AgentConfig":
     from edge_agent import config
 
-    return config.load(options.config, os.environ)
+    return config.load(options.config, os.environ, files=files)
 
 
 # -- options -----------------------------------------------------------------------------------------------------

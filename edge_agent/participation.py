@@ -318,10 +318,14 @@ class Participation:
     _gate: Gatekeeper = field(init=False)
     _bad_data: set[str] = field(default_factory=set)
     _warm_until: float | None = None
+    _next_start: float | None = None
+    """Monotonic seconds at which a job that is only waiting for its start time can begin."""
     _sent: dict[bytes, Work] = field(default_factory=dict)
     _said: PublishStatus | None = None
     _tokens: float = float(STATUS_BURST)
     _token_time: float | None = None
+    _speak_at: float | None = None
+    """Monotonic seconds at which a word that is held back may be said."""
     _refresh_at: float | None = None
 
     def __post_init__(self) -> None:
@@ -338,12 +342,8 @@ class Participation:
         wanted = [self._gate.deadline, self._warm_until, self._refresh_at if self.connected else None]
         if self._gate.deadline is None:
             wanted.append(0.0)
-        if self.work is not None:
-            wanted.append(self.work.deadline)
-        elif self.eligible:
-            wanted += [task.start_at for task in self.tasks.values() if self._wants(task)]
-        if self.connected and self._said != self._status() and self._token_time is not None:
-            wanted.append(self._token_time + (1.0 - min(self._tokens, 1.0)) * STATUS_INTERVAL)
+        wanted.append(self._next_start if self.work is None else self.work.deadline)
+        wanted.append(self._speak_at if self.connected else None)
         return min((each for each in wanted if each is not None), default=None)
 
     def handle(self, event: Event, now: Instant) -> list[Effect]:
@@ -486,7 +486,7 @@ class Participation:
 
     def _sensed(self, facts: DeviceFacts, now: Instant) -> list[Effect]:
         self.facts = facts
-        # While a task is trained its publisher's conditions hold too; whether the device is eligible is the owner's word.
+        # The owner's policy says who is eligible; while a task is trained its publisher's conditions hold too.
         manifest = None if self.work is None else self.tasks[self.work.task].manifest
         self.obstacles = obstacles(self.policy, None if manifest is None else manifest.conditions, facts)
         if not self._gate.observe(self.obstacles, now.mono, self.work is not None):
@@ -517,17 +517,20 @@ class Participation:
         )
 
     def _start(self, now: Instant) -> list[Effect]:
+        self._next_start = None
         if self.work is not None or not self.eligible or self.facts is None:
             return []
-        for name in sorted(self.tasks):
-            task = self.tasks[name]
-            if not self._wants(task) or task.start_at > now.mono:
+        wanted = [task for _, task in sorted(self.tasks.items()) if self._wants(task)]
+        self._next_start = min((task.start_at for task in wanted if task.start_at > now.mono), default=None)
+        for task in wanted:
+            if task.start_at > now.mono:
                 continue
             assert task.manifest is not None and task.release is not None and task.offer is not None
             manifest, offer = task.manifest, task.offer
             if now.utc >= manifest.expires or obstacles(self.policy, manifest.conditions, self.facts):
                 continue
-            return [self._train(task, manifest, task.release, offer, now)]
+            # What may interrupt is looked for more often from now on.
+            return [self._train(task, manifest, task.release, offer, now), self._sense()]
         return []
 
     def _train(self, task: Task, manifest: TaskManifest, release: Release, offer: RoundOffer, now: Instant) -> Train:
@@ -548,7 +551,7 @@ class Participation:
             )
         )
         self.work = Work(report.hex(), task.name, offer, context, now.mono + self.timeout)
-        self.progress = None
+        self.progress, self._warm_until, self._next_start = None, None, None
         seed = int.from_bytes(self.random(8), "big") >> 1
         return Train(self.work.id, manifest, release, offer, context, seed)
 
@@ -627,8 +630,11 @@ class Participation:
         if self._token_time is not None:
             earned = (now.mono - self._token_time) / STATUS_INTERVAL
             self._tokens = min(float(STATUS_BURST), self._tokens + earned)
-        self._token_time = now.mono
-        if status == self._said or self._tokens < 1.0:
+        self._token_time, self._speak_at = now.mono, None
+        if status == self._said:
+            return []
+        if self._tokens < 1.0:
+            self._speak_at = now.mono + (1.0 - self._tokens) * STATUS_INTERVAL + 0.01
             return []
         self._tokens -= 1.0
         self._said = status

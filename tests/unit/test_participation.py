@@ -1,0 +1,506 @@
+"""The agent's machine: what it believes, when it trains, what it says."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from edge_agent import participation as core
+from edge_agent.eligibility import DeviceFacts, Policy
+from edge_agent.jobs import Done, Failed, Progress
+from edge_agent.participation import Effect, Participation
+from shared import signing, wire
+from shared.errors import Reason, RemoteProtocolError
+from shared.machine import Instant, Tick
+from shared.messages import (
+    Conditions,
+    OfferState,
+    Outcome,
+    Receipt,
+    ReleaseMessage,
+    Role,
+    UpdateContext,
+    UpdateHead,
+)
+from shared.selection import draw
+from tests.records import NOW, Records, counted, later
+
+RECORDS = Records()
+MESSAGE = RECORDS.message()
+POLICY = Policy(settle=0.0, patience=10.0, sense=30.0, sense_training=5.0)
+FACTS = DeviceFacts(
+    local=datetime(2026, 1, 1, tzinfo=UTC),
+    cpu_pressure=0.0,
+    memory_free=1 << 40,
+    disk_free=1 << 40,
+)
+
+
+@dataclass
+class Bench:
+    """A device under test; `facts` is what its sensors read."""
+
+    machine: Participation = field(
+        default_factory=lambda: Participation(
+            trust=RECORDS.trust,
+            policy=POLICY,
+            device="sensor-1",
+            certificate=b"certificate",
+            datasets=frozenset({"points"}),
+            random=counted(),
+            timeout=600.0,
+            idle_exit=120.0,
+        )
+    )
+    now: Instant = NOW
+    facts: DeviceFacts = FACTS
+    effects: list[Effect] = field(default_factory=list)
+
+    def tell(self, *events: core.Event) -> list[Effect]:
+        """Handle events and what their effects find out, as the driver does."""
+        start = len(self.effects)
+        for event in events:
+            found = self.machine.handle(event, self.now)
+            self.effects += found
+            if any(isinstance(each, core.Sense) for each in found):
+                self.tell(core.Sensed(self.facts))
+        return self.effects[start:]
+
+    def after(self, seconds: float) -> list[Effect]:
+        """Let time pass, waking whenever the machine wants to."""
+        start, end = len(self.effects), self.now.mono + seconds
+        for _ in range(10_000):
+            due = self.machine.deadline
+            if due is None or due > end:
+                self.now = later(end - self.now.mono, self.now)
+                return self.effects[start:]
+            self.now = later(max(0.0, due - self.now.mono), self.now)
+            self.tell(Tick())
+        raise AssertionError("the machine wakes for ever without a reason")
+
+    def begin(self, message: ReleaseMessage = MESSAGE, **offer: Any) -> list[Effect]:
+        """Connected, sensed, with a release and an offer."""
+        self.tell(core.Connected(), Tick(), core.ReleaseArrived("points", message))
+        return self.offer(message, **offer)
+
+    def offer(self, message: ReleaseMessage = MESSAGE, **changes: Any) -> list[Effect]:
+        """An offer arrives."""
+        return self.tell(core.OfferArrived("points", RECORDS.sign_offer(RECORDS.offer(message, **changes))))
+
+    def done(self) -> list[Effect]:
+        """The trainer has finished the job."""
+        assert self.machine.work is not None
+        result = Done(self.machine.work.id, bytes(80), 100, bytes(32), 40, 10, 10, {"loss": 1.0}, 0.5, 1.0, 1.0, 1.0, 1)
+        return self.tell(core.TrainerTold(result))
+
+    def refused(self, event: core.Event) -> Reason:
+        """Why an event is refused; nothing has changed."""
+        before = repr(self.machine)
+        with pytest.raises(RemoteProtocolError) as caught:
+            self.machine.handle(event, self.now)
+        assert repr(self.machine) == before
+        return caught.value.reason
+
+
+def kinds(effects: list[Effect]) -> list[str]:
+    """The effects' names, looks at the sensors apart."""
+    return [type(each).__name__ for each in effects if not isinstance(each, core.Sense)]
+
+
+# -- records -----------------------------------------------------------------------------------------------------
+
+
+def test_a_release_and_an_offer_lead_to_training() -> None:
+    """Both are stored first; the job is bound to this very offer."""
+    bench = Bench()
+    effects = bench.begin()
+    assert kinds(effects) == ["KeepOffer", "Train"]
+    (train,) = [each for each in effects if isinstance(each, core.Train)]
+    context = wire.unpack(train.context, UpdateContext)
+    assert (context.device, context.round, context.dimension) == ("sensor-1", 1, 6)
+    assert (context.manifest, context.release) == (train.offer.manifest, train.offer.release)
+
+
+def test_an_offer_may_come_before_its_release() -> None:
+    """Retained topics arrive in any order."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick())
+    assert kinds(bench.offer()) == []
+    assert kinds(bench.tell(core.ReleaseArrived("points", MESSAGE))) == ["KeepRelease", "KeepOffer", "Train"]
+
+
+def test_releases_that_are_refused() -> None:
+    """Older, forked, expired, of another task, in parts, of a stranger: a reason each, nothing changed."""
+    bench = Bench()
+    bench.begin(RECORDS.message(RECORDS.manifest(version=2), number=3))
+
+    def arrives(message: ReleaseMessage, task: str = "points") -> Reason:
+        return bench.refused(core.ReleaseArrived(task, message))
+
+    two = RECORDS.manifest(version=2)
+    assert arrives(RECORDS.message(RECORDS.manifest(version=1), number=9)) is Reason.ROLLBACK
+    assert arrives(RECORDS.message(two, number=2)) is Reason.ROLLBACK
+    assert arrives(RECORDS.message(two, number=3, value=1.0)) is Reason.EQUIVOCATION
+    assert arrives(RECORDS.message(RECORDS.manifest(version=2, goal=9), number=4)) is Reason.EQUIVOCATION
+    assert arrives(RECORDS.message(two, number=4), "other") is Reason.WRONG_TASK
+    assert arrives(RECORDS.message(RECORDS.manifest(version=3, expires=int(NOW.utc)))) is Reason.EXPIRED
+    assert arrives(structs.replace(RECORDS.message(two, number=4), weights=None)) is Reason.MISSING_PART
+    by_aggregator = signing.sign(RECORDS.manifest(version=3), Role.AGGREGATOR, RECORDS.aggregator)
+    assert arrives(structs.replace(MESSAGE, manifest=by_aggregator)) is Reason.WRONG_ROLE
+    assert arrives(RECORDS.message(RECORDS.manifest(version=3, opset=7))) is Reason.UNSUPPORTED
+
+
+def test_the_same_release_again_is_nothing_new() -> None:
+    """It is retained and comes on every connect."""
+    bench = Bench()
+    bench.begin()
+    assert bench.tell(core.ReleaseArrived("points", MESSAGE)) == []
+
+
+def test_a_stolen_aggregator_ships_no_graph() -> None:
+    """A later release of the same manifest with another graph is not what the publisher signed."""
+    bench = Bench()
+    bench.begin()
+    later_release = RECORDS.message(number=1)
+    assert later_release.graphs is not None
+    swapped = structs.replace(later_release.graphs, train=later_release.graphs.eval)
+    event = core.ReleaseArrived("points", structs.replace(later_release, graphs=swapped))
+    assert bench.refused(event) is Reason.WRONG_DIGEST
+
+
+def test_offers_that_are_refused() -> None:
+    """Older, forked, lower participation, shorter deadline, wider clip, unknown key."""
+    bench = Bench()
+    bench.begin(number=2, sequence=1)
+
+    def arrives(**changes: Any) -> Reason:
+        signed = RECORDS.sign_offer(RECORDS.offer(MESSAGE, **changes))
+        return bench.refused(core.OfferArrived("points", signed))
+
+    assert arrives(number=1, sequence=9) is Reason.ROLLBACK
+    assert arrives(number=2, sequence=0) is Reason.ROLLBACK
+    assert arrives(number=2, sequence=1, participation=5) is Reason.EQUIVOCATION
+    assert arrives(number=2, sequence=2, participation=5) is Reason.OFFER_BOUNDS
+    assert arrives(number=2, sequence=2, deadline=int(NOW.utc)) is Reason.OFFER_BOUNDS
+    assert arrives(number=3, clip=11.0) is Reason.OFFER_BOUNDS
+    forged = signing.sign(RECORDS.offer(MESSAGE, number=3), Role.AGGREGATOR, RECORDS.publisher)
+    assert bench.refused(core.OfferArrived("points", forged)) is Reason.UNKNOWN_KEY
+
+
+def test_positions_survive_a_restart() -> None:
+    """With the stored positions an older release or offer is refused, and the offer of before is taken up again."""
+    bench = Bench()
+    bench.begin(number=2)
+    again = Bench()
+    kept = bench.machine.tasks["points"]
+    again.machine.tasks["points"] = core.Task(
+        "points",
+        kept.manifest_signed,
+        kept.manifest,
+        kept.release,
+        kept.manifest_position,
+        kept.release_position,
+        kept.offer_position,
+    )
+    old = core.OfferArrived("points", RECORDS.sign_offer(RECORDS.offer(MESSAGE, number=1)))
+    assert again.refused(old) is Reason.ROLLBACK
+    again.tell(core.Connected(), Tick())
+    assert kinds(again.offer(number=2)) == ["KeepOffer", "Train"]
+
+
+def test_a_device_follows_so_many_tasks_and_no_more() -> None:
+    """Names on topics cost no memory without end."""
+    bench = Bench()
+    for number in range(core.TASKS_MAX):
+        bench.tell(core.OfferArrived(f"task-{number}", MESSAGE.manifest))
+    assert bench.refused(core.OfferArrived("one-more", MESSAGE.manifest)) is Reason.TOO_LARGE
+
+
+# -- when it trains ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        {"state": OfferState.CLOSED},
+        {"state": OfferState.FINISHED},
+        {"release": bytes(32)},
+        {"participation": draw("points", 1, 1, "sensor-1")},
+        {"participation": 0},
+    ],
+)
+def test_it_does_not_train(offer: dict[str, Any]) -> None:
+    """Unless the offer is open, for the release it holds, and selects this device."""
+    assert "Train" not in kinds(Bench().begin(**offer))
+
+
+def test_it_trains_when_a_re_issue_selects_it() -> None:
+    """Participation was raised because others went away."""
+    bench = Bench()
+    bench.begin(participation=0)
+    assert kinds(bench.offer(sequence=1)) == ["KeepOffer", "Train"]
+
+
+def test_no_data_no_training() -> None:
+    """A task whose data set this device has not is followed, not trained."""
+    bench = Bench()
+    bench.machine.datasets = frozenset({"other"})
+    assert kinds(bench.begin()) == ["KeepOffer"]
+
+
+def test_an_expired_manifest_trains_nothing() -> None:
+    """Its release is kept for local use."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick(), core.ReleaseArrived("points", MESSAGE))
+    bench.now = later(10**6)
+    bench.tell(Tick())
+    assert "Train" not in kinds(bench.offer())
+
+
+def test_the_owner_comes_first() -> None:
+    """On battery nothing starts, and it starts once the device is back on mains."""
+    bench = Bench(facts=changed(FACTS, mains=False))
+    assert kinds(bench.begin()) == ["KeepOffer"]
+    bench.facts = FACTS
+    assert "Train" in kinds(bench.after(31))
+
+
+def test_unplugged_in_the_middle() -> None:
+    """Training stops with the reason, and is done over when power is back, if the round is still open."""
+    bench = Bench()
+    bench.begin()
+    bench.facts = changed(FACTS, mains=False)
+    effects = bench.after(6)
+    stop = next(each for each in effects if isinstance(each, core.StopTraining))
+    assert [obstacle.name.value for obstacle in stop.obstacles] == ["mains"]
+    bench.facts = FACTS
+    assert "Train" in kinds(bench.after(31))
+
+
+def test_the_publishers_conditions_hold_while_it_trains() -> None:
+    """An owner who does not ask for mains still stops a task that does."""
+    bench = Bench()
+    bench.machine.policy = changed(POLICY, mains=False)
+    message = RECORDS.message(RECORDS.manifest(conditions=Conditions(mains=True)))
+    assert "Train" in kinds(bench.begin(message))
+    bench.facts = changed(FACTS, mains=False)
+    assert "StopTraining" in kinds(bench.after(6))
+    assert bench.machine.work is None
+
+
+def test_one_update_a_round() -> None:
+    """After it is sent, the same round is not trained again, also after a re-issue; the next round is."""
+    bench = Bench()
+    bench.begin()
+    assert "SendUpdate" in kinds(bench.done())
+    assert "Train" not in kinds(bench.offer(sequence=1))
+    assert "Train" in kinds(bench.offer(number=2))
+
+
+def test_the_head_is_of_this_device() -> None:
+    """What the shell signs holds the context that was sealed, the certificate and the result's hashes."""
+    bench = Bench()
+    (train,) = [each for each in bench.begin() if isinstance(each, core.Train)]
+    (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
+    head = wire.unpack(send.head, UpdateHead)
+    assert (head.context, head.certificate, head.size) == (train.context, b"certificate", 100)
+    assert send.digest == sha256(send.head).digest()
+    assert send.position == (1, 1)
+
+
+def test_a_round_that_closes_ends_its_training() -> None:
+    """The work would not count any more."""
+    bench = Bench()
+    bench.begin()
+    effects = bench.offer(sequence=1, state=OfferState.CLOSED)
+    assert [each.why for each in effects if isinstance(each, core.StopTraining)] == ["round_over"]
+    assert "Train" in kinds(bench.offer(number=2))
+
+
+def test_starts_are_spread() -> None:
+    """With start_jitter the fleet does not wake at one instant."""
+    message = RECORDS.message(RECORDS.manifest(start_jitter=1000))
+    bench = Bench()
+    assert "Train" not in kinds(bench.begin(message))
+    assert "Train" in kinds(bench.after(1000))
+
+
+def test_a_failure_is_tried_again_ever_more_slowly() -> None:
+    """A trainer that crashes on every job does not spin."""
+    bench = Bench()
+    bench.begin()
+    waits = []
+    for _ in range(8):
+        (failed,) = [
+            each
+            for each in bench.tell(core.TrainerGone("crashed", "exit status 1"))
+            if isinstance(each, core.TrainingFailed)
+        ]
+        waits.append(failed.retry)
+        assert "Train" not in kinds(bench.after(failed.retry - 1))
+        assert "Train" in kinds(bench.after(2))
+    assert waits == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+
+
+def test_a_job_that_takes_too_long_is_ended() -> None:
+    """A valid graph can still ask for too much."""
+    bench = Bench()
+    bench.begin()
+    assert kinds(bench.after(601))[:2] == ["StopTraining", "TrainingFailed"]
+
+
+def test_bad_data_are_told_and_mended() -> None:
+    """The data set is no longer offered until a training with it works."""
+    bench = Bench()
+    bench.begin()
+    assert bench.machine.work is not None
+    effects = bench.tell(core.TrainerTold(Failed(bench.machine.work.id, "data", "x.npz: row 3: NaN")))
+    said = [each for each in effects if isinstance(each, core.PublishStatus)]
+    assert [(each.datasets, each.obstacles) for each in said] == [((), ("data",))]
+    bench.after(61)
+    said = [each for each in bench.done() if isinstance(each, core.PublishStatus)]
+    assert [each.datasets for each in said] == [("points",)]
+
+
+def test_words_of_an_earlier_job_do_not_count() -> None:
+    """What a stopped trainer still said is ignored."""
+    bench = Bench()
+    bench.begin()
+    assert bench.tell(core.TrainerTold(Progress("another", "training"))) == []
+    assert bench.tell(core.TrainerTold(Failed("another", "graph", ""))) == []
+    assert bench.machine.work is not None
+
+
+def test_a_warm_trainer_rests_after_a_while() -> None:
+    """It stays for the next round, then its memory is freed."""
+    bench = Bench()
+    bench.begin()
+    bench.done()
+    assert "RestTrainer" not in kinds(bench.after(119))
+    assert kinds(bench.after(2)).count("RestTrainer") == 1
+
+
+# -- what it says ------------------------------------------------------------------------------------------------
+
+
+def test_a_receipt_settles_the_update() -> None:
+    """Once, by the aggregator's signature, for this device only."""
+    bench = Bench()
+    bench.begin()
+    (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
+
+    def receipt(device: str = "sensor-1") -> core.ReceiptArrived:
+        record = Receipt(1, send.digest, "points", 1, device, Outcome.ACCEPTED, "")
+        return core.ReceiptArrived(signing.sign(record, Role.AGGREGATOR, RECORDS.aggregator))
+
+    assert bench.refused(receipt("sensor-2")) is Reason.WRONG_DEVICE
+    forged = signing.sign(
+        Receipt(1, send.digest, "points", 1, "sensor-1", Outcome.ACCEPTED, ""), Role.AGGREGATOR, RECORDS.publisher
+    )
+    assert bench.refused(core.ReceiptArrived(forged)) is Reason.UNKNOWN_KEY
+    assert kinds(bench.tell(receipt())) == ["Settled"]
+    assert bench.tell(receipt()) == []
+
+
+def test_birth_and_change_are_told() -> None:
+    """On connect, and when eligibility changes, not otherwise."""
+    bench = Bench()
+    assert "PublishStatus" in kinds(bench.tell(core.Connected(), Tick()))
+    assert "PublishStatus" not in kinds(bench.after(3600))
+    bench.facts = changed(FACTS, mains=False)
+    said = [each for each in bench.after(31) if isinstance(each, core.PublishStatus)]
+    assert [(each.eligible, each.obstacles) for each in said] == [(False, ("mains",))]
+
+
+def test_a_device_that_flaps_is_held_back() -> None:
+    """Three words at once, then one in five minutes; the last state is told in the end."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick())
+    said = []
+    for turn in range(20):
+        bench.facts = changed(FACTS, mains=bool(turn % 2))
+        said += [each for each in bench.after(31) if isinstance(each, core.PublishStatus)]
+    assert 2 <= len(said) <= 2 + 620 // 300
+    said += [each for each in bench.after(300) if isinstance(each, core.PublishStatus)]
+    assert said[-1].eligible == bench.machine.eligible
+
+
+def test_the_status_is_said_again_before_it_ages() -> None:
+    """The aggregator forgets what it has not heard for 13 hours."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick())
+    said = [each for each in bench.after(24 * 3600) if isinstance(each, core.PublishStatus)]
+    assert 4 <= len(said) <= 6
+
+
+def test_nothing_is_said_while_the_broker_is_away() -> None:
+    """And everything when it is back."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick(), core.Disconnected())
+    bench.facts = changed(FACTS, mains=False)
+    assert "PublishStatus" not in kinds(bench.after(3600))
+    assert "PublishStatus" in kinds(bench.tell(core.Connected()))
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["offer", "close", "release", "done", "fail", "unplug", "plug", "wait", "up", "down"]),
+            st.integers(1, 4),
+        ),
+        max_size=30,
+    )
+)
+def test_whatever_happens(steps: list[tuple[str, int]]) -> None:
+    """One job at a time, each round sent at most once, positions never fall, no wake-up without an end."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick(), core.ReleaseArrived("points", MESSAGE))
+    newest = MESSAGE
+    for what, number in steps:
+        try:
+            match what:
+                case "offer":
+                    bench.offer(newest, number=number)
+                case "close":
+                    bench.offer(newest, number=number, sequence=1, state=OfferState.CLOSED)
+                case "release":
+                    message = RECORDS.message(number=number)
+                    bench.tell(core.ReleaseArrived("points", message))
+                    newest = message
+                case "done" if bench.machine.work is not None:
+                    bench.done()
+                case "fail":
+                    bench.tell(core.TrainerGone("killed", "signal 9"))
+                case "plug" | "unplug":
+                    bench.facts = changed(FACTS, mains=what == "plug")
+                case "wait":
+                    bench.after(10.0**number)
+                case "up":
+                    bench.tell(core.Connected())
+                case "down":
+                    bench.tell(core.Disconnected())
+        except RemoteProtocolError:
+            pass
+    sent = [each.round for each in bench.effects if isinstance(each, core.SendUpdate)]
+    assert sent == sorted(set(sent))
+    ends = (core.SendUpdate, core.TrainingFailed, core.StopTraining)
+    turns = [each for each in bench.effects if isinstance(each, (core.Train, *ends))]
+    for before, after in pairwise(turns):
+        assert not (isinstance(before, core.Train) and isinstance(after, core.Train))
+    ranks = [each.position.rank for each in bench.effects if isinstance(each, core.KeepOffer)]
+    assert ranks == sorted(ranks)
+
+
+def changed(value: Any, **changes: Any) -> Any:
+    """A frozen struct or dataclass with other fields."""
+    if isinstance(value, DeviceFacts):
+        return dataclasses.replace(value, **changes)
+    return structs.replace(value, **changes)

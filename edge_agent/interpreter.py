@@ -150,7 +150,9 @@ class Interpreter:
         """Inputs and target in, outputs out: the loss of a train graph, the outputs and the loss of an eval graph.
 
         `state` holds every tensor of the layout; a train graph updates its buffers in place, and gradients flow to
-        those that require them. Raises RemoteProtocolError; `state` is unchanged if the graph does not fit it.
+        those that require them. Torch picks kernels by that, even under no_grad: for eager's very bits, parameters
+        require gradients here as they do there. Raises RemoteProtocolError; `state` is unchanged if the graph does not
+        fit it.
         """
         self._try(state, tensors, predict=False)
         return self._execute(self._steps, self._graph.outputs, self._values(state, tensors), None)

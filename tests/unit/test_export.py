@@ -21,6 +21,7 @@ torch.set_num_threads(1)
 X = TensorContract("x", "float32", [4, 6])
 LABEL = TensorContract("y", "int64", [], 3)
 VALUES = TensorContract("y", "float32", [3])
+EMPTY: dict[str, torch.Tensor] = {}
 
 
 class Model(nn.Module):
@@ -29,6 +30,7 @@ class Model(nn.Module):
     def __init__(self, then: Callable[["Model", torch.Tensor, torch.Tensor], object]) -> None:
         super().__init__()
         self.linear = nn.Linear(24, 3)
+        self.offset: torch.Tensor
         self.register_buffer("offset", torch.zeros(3))
         self.plain = torch.ones(20_000)
         self.then = then
@@ -95,7 +97,7 @@ def branching(model: Model, y: torch.Tensor, x: torch.Tensor) -> object:
         (lambda m, y, x: y + torch.from_numpy(x.numpy()).sum(), ["numpy"]),
         (lambda m, y, x: y.reshape(3, 3), ["batches of every size", "any batch size"]),
         (lambda m, y, x: y + m.linear(x), ["RuntimeError", r"test_export\.py:\d+", "data contract"]),
-        (lambda m, y, x: y + {}["key"], ["KeyError", r"test_export\.py:\d+"]),
+        (lambda m, y, x: y + EMPTY["key"], ["KeyError", r"test_export\.py:\d+"]),
         (lambda m, y, x: m.linear(x.mul_(2).flatten(1)), ["changes an input in place", r"test_export\.py:\d+"]),
         (lambda m, y, x: y * m.linear.weight.detach().mul_(2).sum(), ["changes a parameter in place"]),
         (lambda m, y, x: y + m.plain.sum(), ["plain has 80000 bytes", "register_buffer"]),
@@ -151,7 +153,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 
 # -- losses ------------------------------------------------------------------------------------------------------
 
-REFERENCE = {
+REFERENCE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "cross_entropy": functional.cross_entropy,
     "bce_with_logits": functional.binary_cross_entropy_with_logits,
     "mse": functional.mse_loss,

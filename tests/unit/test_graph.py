@@ -194,7 +194,7 @@ def test_arguments_are_of_the_operator_s_types() -> None:
     row_accepted("aten.gelu.default", Ref(ROW), approximate="tanh")
     row_accepted("aten.einsum.default", "bi, bi -> b", (Ref(ROW), Ref(ROW)))
     row_accepted("aten.einsum.default", "...i->i...", (Ref(ROW),))
-    for op, arguments in [
+    wrong: list[tuple[str, tuple[Value, ...]]] = [
         ("aten.dropout.default", (Ref(ROW), 0.5, 1)),
         ("aten.dropout.default", (Ref(ROW), "0.5", True)),
         ("aten.dropout.default", (0.5, 0.5, True)),
@@ -210,7 +210,8 @@ def test_arguments_are_of_the_operator_s_types() -> None:
         ("aten.einsum.default", ("i;j", (Ref(ROW),))),
         ("aten.conv2d.default", (Ref(ROW), Ref(WEIGHT), None, (0, 0))),
         ("aten.chunk.default", (Ref(ROW), 0)),
-    ]:
+    ]
+    for op, arguments in wrong:
         assert row_refused(op, *arguments) == Reason.GRAPH_ARGUMENT, (op, arguments)
     assert row_refused("aten.gelu.default", Ref(ROW), approximate="__import__") == Reason.GRAPH_ARGUMENT
     assert row_refused("aten.zeros.default", (2,), layout=DType.INT64) == Reason.GRAPH_ARGUMENT

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -104,6 +105,7 @@ class Attention(nn.Module):
         self.group = nn.GroupNorm(1, 7)
         self.mix = nn.Parameter(torch.randn(6, CLASSES))
         self.register_buffer("scale", torch.full((6,), 0.5), persistent=False)
+        self.calls: torch.Tensor
         self.register_buffer("calls", torch.zeros(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -149,7 +151,8 @@ class Pair:
         build, self.batch = ARCHITECTURES[name]
         self.module = build()
         example = self.batch(2)
-        inputs = [TensorContract("x", str(example.dtype).removeprefix("torch."), list(example.shape[1:]))]
+        dtype: Literal["float32", "int64"] = "float32" if example.is_floating_point() else "int64"
+        inputs = [TensorContract("x", dtype, list(example.shape[1:]))]
         before = copy.deepcopy(self.module.state_dict())
         exported = export(self.module, "cross_entropy", inputs, TARGET)
         assert all(torch.equal(tensor, self.module.state_dict()[key]) for key, tensor in before.items())

@@ -300,6 +300,8 @@ class Task:
     round: Round | None = None
     """The open round; None while waiting, reducing or finished."""
     closing: Round | None = None
+    live: set[str] = field(default_factory=set)
+    """Devices whose newest word is that they would train this task."""
     previous_weights: bytes | None = None
     """Name of the weights that the newest release replaced."""
 
@@ -354,17 +356,9 @@ class Coordinator:
             case _:
                 assert_never(event)
 
-    def eligible(self, manifest: TaskManifest, now: Instant) -> set[str]:
-        """Devices that say they would train this task now."""
-        return {
-            name
-            for name, status in self.devices.items()
-            if status.online
-            and status.eligible
-            and manifest.opset in status.opsets
-            and manifest.data.dataset in status.datasets
-            and now.utc - status.sent < STATUS_AGE_MAX
-        }
+    def live(self, task: Task, now: Instant) -> set[str]:
+        """Devices that say they would train this task now, and said so within the last 13 hours."""
+        return {name for name in task.live if now.utc - self.devices[name].sent < STATUS_AGE_MAX}
 
     # -- releases --
 
@@ -402,7 +396,9 @@ class Coordinator:
         effects: list[Effect] = []
         if task is not None:
             effects += self._abandon(task, "superseded")
-        self.tasks[manifest.task] = Task(message.manifest, manifest, message.release, release)
+        adopted = Task(message.manifest, manifest, message.release, release)
+        adopted.live = {name for name, status in self.devices.items() if _would_train(status, manifest)}
+        self.tasks[manifest.task] = adopted
         effects.append(AdoptRelease(message, manifest, release))
         effects.append(PublishRelease(manifest.task, release.number, announce=False))
         return effects + self._open_rounds(now)
@@ -411,39 +407,49 @@ class Coordinator:
 
     def _status_received(self, device: str, status: DeviceStatus | None, now: Instant) -> list[Effect]:
         known = self.devices.get(device)
+        if known is not None and status is not None:
+            if not status.online and status.session != known.session:
+                return []  # a late will of an earlier session
+            if status.session == known.session and status.online and status.sent < known.sent:
+                return []
         if status is None:
             self.devices.pop(device, None)
-        elif known is not None and not status.online and status.session != known.session:
-            return []  # a late will of an earlier session
-        elif known is not None and status.session == known.session and status.sent < known.sent:
-            return []
         else:
             self.devices[device] = status
-        return self._open_rounds(now) + self._widen(now)
-
-    def _widen(self, now: Instant) -> list[Effect]:
         effects: list[Effect] = []
         for task in self.tasks.values():
-            current = task.round
-            if current is None:
-                continue
-            wider = current.wider(self.eligible(task.manifest, now))
-            if wider > current.participation:
-                current.participation = wider
-                effects += self._revise(task, participation=wider, told=events.Event.ROUND_WIDENED)
+            # Per device, not per fleet: a hundred thousand births must not each look at a hundred thousand devices.
+            if status is not None and _would_train(status, task.manifest):
+                task.live.add(device)
+                if task.phase == "waiting":
+                    effects += self._open(task, now)
+            elif device in task.live:
+                task.live.remove(device)
+                effects += self._widen(task, device, now)
         return effects
+
+    def _widen(self, task: Task, gone: str, now: Instant) -> list[Effect]:
+        """Select others at once when a selected device goes away."""
+        current = task.round
+        if current is None or gone in current.accepted or not current.selected(gone):
+            return []
+        wider = current.wider(self.live(task, now))
+        if wider <= current.participation:
+            return []
+        current.participation = wider
+        return self._revise(task, participation=wider, told=events.Event.ROUND_WIDENED)
 
     # -- rounds --
 
     def _open_rounds(self, now: Instant) -> list[Effect]:
-        if not self.ready:
-            return []
         return [effect for task in self.tasks.values() if task.phase == "waiting" for effect in self._open(task, now)]
 
     def _open(self, task: Task, now: Instant) -> list[Effect]:
         manifest, plan = task.manifest, task.manifest.plan
-        live = self.eligible(manifest, now)
-        if len(live) < plan.min_updates or now.utc >= manifest.expires:
+        if not self.ready or len(task.live) < plan.min_updates or now.utc >= manifest.expires:
+            return []
+        live = self.live(task, now)
+        if len(live) < plan.min_updates:
             return []
         number = task.last_round + 1
         opened = Round(manifest.task, manifest.version, number, plan, 0, now.mono + plan.deadline, now.utc)
@@ -591,9 +597,13 @@ class Coordinator:
     def _update_opened(self, received: HeadReceived, body: PlainBody, now: Instant) -> list[Effect]:
         task = self.tasks[received.context.task]
         current = task.round
+        if received.context.manifest != signing.digest(task.manifest_signed):
+            return self._refuse(received, Outcome.SUPERSEDED, Reason.WRONG_MANIFEST, "another manifest came meanwhile")
         if current is None or current.number != received.context.round:
             return self._refuse(received, Outcome.LATE, Reason.LATE, "the round closed meanwhile")
         outcome = current.judge(received.context.device, received.digest)
+        if outcome is Outcome.ACCEPTED:
+            return [self._reply(received, outcome)]
         if outcome is not None:
             # Two heads of one device in one batch: the first is in.
             return self._refuse(received, outcome, Reason.DUPLICATE, "")
@@ -629,6 +639,15 @@ class Coordinator:
             reason=reason,
         )
         return Reply(context.device, self.sign(receipt))
+
+
+def _would_train(status: DeviceStatus, manifest: TaskManifest) -> bool:
+    return (
+        status.online
+        and status.eligible
+        and manifest.opset in status.opsets
+        and manifest.data.dataset in status.datasets
+    )
 
 
 def signer(private: Ed25519PrivateKey) -> Callable[[RoundOffer | Release | Receipt], Signed]:

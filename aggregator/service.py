@@ -53,6 +53,8 @@ from shared.version import VERSION
 SHARD = 0
 _HEARTBEAT = 30.0
 """Seconds after which the owner loop turns though nothing happens; the watchdog may ask for less."""
+_SHOW_EVERY = 1.0
+"""Seconds between two writings of the status file at the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class Service:
         self._counts: collections.Counter[str] = collections.Counter()
         self._refused: collections.Counter[str] = collections.Counter()
         self._started, self._greeted = now, False
-        self._session = os.urandom(8)
+        self._session, self._link_cause = os.urandom(8), ""
         self.mailbox: Mailbox[ServiceEvent] = Mailbox(config.limits.inbound_messages, config.limits.inbound_bytes)
         self._link = Link(
             LinkSettings(
@@ -127,9 +129,13 @@ class Service:
         self._manager.status("connecting to the broker")
         tell(Event.DAEMON_STARTED, version=VERSION, tasks=sorted(self._coordinator.tasks))
         try:
+            stale, due = True, 0.0
             while not self._driver.stopping:
-                self._driver.turn(wait)
-                self._show()
+                now = read_clock().mono
+                if stale and now >= due:
+                    self._show()
+                    stale, due = False, now + _SHOW_EVERY
+                stale |= self._driver.turn(min(wait, due - now) if stale else wait)
                 if self._link.alive:
                     self._manager.alive()
         finally:
@@ -138,8 +144,8 @@ class Service:
                 self._link.publish(
                     self._topics.aggregator_status(SHARD), self._presence(online=False), retain=True, qos=0
                 )
+            self.mailbox.close()  # first: the network thread may wait there for a credit
             self._link.stop()
-            self.mailbox.close()
             self._store.close()
             (self._state / "status.json").unlink(missing_ok=True)
         tell(Event.DAEMON_STOPPED)
@@ -155,12 +161,13 @@ class Service:
         """Decode what is still bytes, then let the coordinator decide."""
         match event:
             case Message():
-                decoded = self._decode(event)
-                return [] if decoded is None else self._coordinator.handle(decoded, now)
+                return self._coordinator.handle(self._decode(event), now)
             case LinkUp():
                 return self._link_up(event, now)
             case LinkDown(cause=cause):
-                tell(Event.LINK_DOWN, cause=cause)
+                if cause != self._link_cause:
+                    tell(Event.LINK_DOWN, cause=cause)
+                self._link_cause = cause
                 return []
             case LinkBroken(cause=cause):
                 raise LocalProtocolError(f"the network thread failed: {cause}")
@@ -177,19 +184,17 @@ class Service:
 
     def _link_up(self, event: LinkUp, now: Instant) -> list[Effect]:
         fresh = not (event.session_present and self._greeted)
-        self._greeted = True
+        self._greeted, self._link_cause = True, ""
         tell(Event.LINK_UP, session_present=event.session_present, packet_max=event.packet_max)
         self._link.subscribe(RELEASE, self._topics.uploads(SHARD), self._topics.device_status("+"))
         self._link.publish(self._topics.aggregator_status(SHARD), self._presence(online=True), retain=True)
         return self._coordinator.handle(core.LinkReady(fresh), now)
 
-    def _decode(self, message: Message) -> core.Event | None:
+    def _decode(self, message: Message) -> core.Event:
         limit = self._config.broker.message_max
         if len(message.payload) > limit:
             raise RemoteProtocolError(Reason.TOO_LARGE, f"{len(message.payload)} bytes, the limit is {limit}")
         if message.topic == RELEASE:
-            if not message.payload:
-                return None  # somebody cleared the retained release; the fleet keeps what it has
             return core.ReleaseReceived(wire.unpack(message.payload, ReleaseMessage, limit))
         if message.topic.startswith(f"{self._topics.prefix}/dev/"):
             device = self._topics.parse_device_status(message.topic)
@@ -412,12 +417,12 @@ class Service:
             if (context.codec, context.dimension) != (manifest.codec, sum(sizes)):
                 raise RemoteProtocolError(Reason.WRONG_DIMENSION, f"{context.dimension}, the task has {sum(sizes)}")
             most = sealing.sealed_size(sealing.HEADER_MAX, codec.size_max(context.codec, sizes))
-            if len(received.body) != head.size or head.size > most:
-                raise RemoteProtocolError(Reason.TOO_LARGE, f"a body of {len(received.body)} bytes")
-            if sha256(received.body).digest() != head.sha256:
+            if len(received.body) > most:
+                raise RemoteProtocolError(Reason.TOO_LARGE, f"a body of {len(received.body)} bytes, at most {most}")
+            if len(received.body) != head.size or sha256(received.body).digest() != head.sha256:
                 raise RemoteProtocolError(Reason.WRONG_DIGEST, "the body is not the one that the head was signed for")
             body, data = self._unseal(manifest.version, head, context, received.body)
-            validate.report(body)
+            validate.report(body, manifest.metric)
             self._opened[received.digest] = validate.delta(context.codec, data, sizes, effect.clip)
         except RemoteProtocolError as error:
             return core.UpdateSpoilt(received, error)
@@ -513,7 +518,6 @@ class Service:
     def _show(self) -> None:
         """Leave a status file for `aggregator status`, when it says something new."""
         tasks = self._coordinator.tasks
-        now = read_clock()
         online = [status for status in self._coordinator.devices.values() if status.online]
         shown: dict[str, object] = {
             "pid": os.getpid(),
@@ -522,7 +526,7 @@ class Service:
             "connected": self._link.connected,
             "broker": f"{self._config.broker.host}:{self._config.broker.port}",
             "devices": {"online": len(online), "eligible": sum(status.eligible for status in online)},
-            "tasks": {name: _summary(task, self._coordinator, now) for name, task in sorted(tasks.items())},
+            "tasks": {name: _summary(task) for name, task in sorted(tasks.items())},
             "counts": dict(sorted(self._counts.items())),
             "refused": dict(sorted(self._refused.items())),
         }
@@ -628,7 +632,7 @@ def _row(effect: core.Contribute, body: bytes, now: float) -> Contribution:
     )
 
 
-def _summary(task: Task, coordinator: Coordinator, now: Instant) -> dict[str, object]:
+def _summary(task: Task) -> dict[str, object]:
     current = task.round if task.round is not None else task.closing
     plan = task.manifest.plan
     return {
@@ -640,7 +644,7 @@ def _summary(task: Task, coordinator: Coordinator, now: Instant) -> dict[str, ob
         "updates": len(current.accepted) if current is not None else 0,
         "goal": plan.goal,
         "min_updates": plan.min_updates,
-        "eligible": len(coordinator.eligible(task.manifest, now)),
+        "eligible": len(task.live),
         "metrics": task.release.metrics,
     }
 

@@ -14,6 +14,9 @@ from shared.messages import Metrics, PlainBody
 _SLACK = 1e-3
 """A device clips in its own arithmetic; this much above the bound is rounding, more is not."""
 
+_METRIC_MAX = 1e100
+"""Far above what a model that still learns reports, and far below what overflows when a fleet's metrics are pooled."""
+
 
 def delta(name: Codec, data: memoryview, sizes: Sequence[int], clip: float) -> Vector:
     """The decoded delta, float32[sum(sizes)], L2 norm at most `clip`; RemoteProtocolError says what is wrong."""
@@ -25,10 +28,15 @@ def delta(name: Codec, data: memoryview, sizes: Sequence[int], clip: float) -> V
     return found
 
 
-def report(body: PlainBody) -> None:
-    """Refuse metrics that are not finite or that no example stands behind."""
+def report(body: PlainBody, metric: str) -> None:
+    """Refuse metrics that the task does not have, that cannot be pooled or that no example stands behind.
+
+    Other names would pile up in the release's record, which has a limit, until no device could read it.
+    """
     for name, value in body.metrics.items():
-        if not math.isfinite(value):
+        if name not in ("loss", metric):
+            raise RemoteProtocolError(Reason.METRICS, f"{name:.64} is none of this task")
+        if not abs(value) <= _METRIC_MAX:
             raise RemoteProtocolError(Reason.METRICS, f"{name} is {value}")
     if body.metrics and body.holdout == 0:
         raise RemoteProtocolError(Reason.METRICS, "metrics of no example")

@@ -15,6 +15,8 @@ MESSAGE_MAX = 64 << 20
 """Bytes of one message that are decoded at all, unless the caller says less."""
 
 _COLLECTION_MAX = 100_000
+_VALUES_MAX = 1_000_000
+"""Values in all containers of a message together: an empty map of one byte takes 64 once it is decoded."""
 _STR_MAX = 65_536
 
 T = TypeVar("T")
@@ -48,6 +50,7 @@ def _builtins(data: bytes | memoryview) -> object:
     size = len(data)
     # A container's declared length is bounded by the input, so a short message cannot ask for a large allocation.
     bound = min(size, _COLLECTION_MAX)
+    budget = _Budget()
     try:
         return msgpack.unpackb(
             data,
@@ -58,7 +61,8 @@ def _builtins(data: bytes | memoryview) -> object:
             max_array_len=bound,
             max_map_len=bound,
             max_ext_len=0,
-            object_pairs_hook=_unique,
+            list_hook=budget.items,
+            object_pairs_hook=budget.pairs,
         )
     except RemoteProtocolError:
         raise
@@ -66,14 +70,30 @@ def _builtins(data: bytes | memoryview) -> object:
         raise RemoteProtocolError(Reason.NOT_MSGPACK, f"{type(error).__name__}: {error}"[:200]) from None
 
 
-def _unique(pairs: list[tuple[object, object]]) -> dict[object, object]:
-    try:
-        found = dict(pairs)
-    except TypeError:
-        raise RemoteProtocolError(Reason.NOT_MSGPACK, "a map's key is not a plain value") from None
-    if len(found) != len(pairs):
-        raise RemoteProtocolError(Reason.NOT_CANONICAL, "a map repeats a key")
-    return found
+class _Budget:
+    """Counts the values of one message while it is decoded."""
+
+    def __init__(self) -> None:
+        self._left = _VALUES_MAX
+
+    def items(self, items: list[object]) -> list[object]:
+        self._spend(len(items))
+        return items
+
+    def pairs(self, pairs: list[tuple[object, object]]) -> dict[object, object]:
+        self._spend(len(pairs))
+        try:
+            found = dict(pairs)
+        except TypeError:
+            raise RemoteProtocolError(Reason.NOT_MSGPACK, "a map's key is not a plain value") from None
+        if len(found) != len(pairs):
+            raise RemoteProtocolError(Reason.NOT_CANONICAL, "a map repeats a key")
+        return found
+
+    def _spend(self, values: int) -> None:
+        self._left -= 1 + values
+        if self._left < 0:
+            raise RemoteProtocolError(Reason.TOO_LARGE, f"more than {_VALUES_MAX} values in one message")
 
 
 def _name(kind: object) -> str:

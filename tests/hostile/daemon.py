@@ -1,0 +1,96 @@
+"""A real daemon as a child process, and its log as a test reads it: JSON lines and nothing else."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Line = dict[str, Any]
+T = TypeVar("T")
+PATIENCE = 30.0
+"""Seconds that anything may take on a busy machine."""
+
+
+def until(found: Callable[[], T | None], what: str, seconds: float = PATIENCE) -> T:
+    """The first result that is not None; AssertionError names what never came."""
+    end = time.monotonic() + seconds
+    while True:
+        result = found()
+        if result is not None:
+            return result
+        assert time.monotonic() < end, f"{what} did not come within {seconds:g} s"
+        time.sleep(0.005)
+
+
+class Daemon:
+    """`aggregator run` or `edge-agent run` with its log in a file beside the configuration."""
+
+    def __init__(self, package: Literal["aggregator", "edge_agent"], config: Path) -> None:
+        self.log = config.with_suffix(".log")
+        self._command = [sys.executable, "-m", f"{package}.cli", "run", "--config", str(config)]
+        self._child: subprocess.Popen[bytes] | None = None
+        self._offset, self._rest = 0, b""
+        self.lines: list[Line] = []
+
+    @property
+    def pid(self) -> int:
+        """Its process id; AssertionError if it does not run any more."""
+        assert self._child is not None and self._child.poll() is None, f"the daemon has died:\n{self._tail()}"
+        return self._child.pid
+
+    def start(self) -> None:
+        """Start it; what it logs before the broker answers is there soon."""
+        with self.log.open("ab") as log:
+            self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def stop(self) -> int:
+        """End it as systemd would; its exit status."""
+        assert self._child is not None
+        self._child.terminate()
+        try:
+            return self._child.wait(20)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+            raise
+
+    def read(self) -> list[Line]:
+        """All lines so far; a line that is no JSON object (a traceback) fails the test."""
+        with self.log.open("rb") as log:
+            log.seek(self._offset)
+            fresh = log.read()
+        self._offset += len(fresh)
+        *whole, self._rest = (self._rest + fresh).split(b"\n")
+        for text in whole:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            assert isinstance(line, dict), f"not a line of the log:\n{self._tail()}"
+            self.lines.append(line)
+        return self.lines
+
+    def wait(self, event: str, since: int = 0, **fields: object) -> Line:
+        """The first line of this event, with these fields, after the first `since` lines."""
+
+        def found() -> Line | None:
+            for line in self.read()[since:]:
+                if line["event"] == event and all(line.get(name) == value for name, value in fields.items()):
+                    return line
+            assert self.pid
+            return None
+
+        return until(found, f"{event} {fields}")
+
+    def peak(self) -> int:
+        """The most memory that it has had so far, in bytes."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError("the kernel does not say")
+
+    def _tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])

@@ -42,6 +42,8 @@ TASKS_MAX = 64
 """Tasks that one device follows; beyond it a release is refused."""
 STATUS_BURST, STATUS_INTERVAL, STATUS_REFRESH = 3, 300.0, 6 * 3600.0
 """Status messages at once, seconds until one more is allowed, seconds after which it is said again."""
+PROGRESS_INTERVAL = 10.0
+"""Seconds between two lines about a training that goes on; one that takes less is told by its start and end."""
 RETRY_FIRST, RETRY_MAX = 60.0, 3600.0
 """Seconds before a failed job is tried again; doubles."""
 
@@ -292,6 +294,8 @@ class Work:
     offer: RoundOffer
     context: bytes
     deadline: float
+    tell_at: float
+    """Monotonic seconds at which progress is worth a line again."""
 
 
 @dataclass
@@ -550,7 +554,7 @@ class Participation:
                 dimension=dimension(manifest.layout),
             )
         )
-        self.work = Work(report.hex(), task.name, offer, context, now.mono + self.timeout)
+        self.work = Work(report.hex(), task.name, offer, context, now.mono + self.timeout, now.mono + PROGRESS_INTERVAL)
         self.progress, self._warm_until, self._next_start = None, None, None
         seed = int.from_bytes(self.random(8), "big") >> 1
         return Train(self.work.id, manifest, release, offer, context, seed)
@@ -562,6 +566,9 @@ class Participation:
         match message:
             case Progress():
                 self.progress = message
+                if now.mono < work.tell_at:
+                    return []
+                work.tell_at = now.mono + PROGRESS_INTERVAL
                 return [ShowProgress(work.task, work.offer.round, message)]
             case Done():
                 return self._done(work, message, now)

@@ -136,10 +136,10 @@ class Service:
             if self._link.connected:
                 topic = self._topics.device_status(self._device)
                 self._link.publish(topic, self._presence(online=False), retain=True, qos=0)
+            self.mailbox.close()  # first: the network thread may wait there for a credit
             self._link.stop()
             self._schedule.stop()
             self._control.stop()
-            self.mailbox.close()
         tell(Event.DAEMON_STOPPED, device=self._device)
 
     # -- the machine's side ------------------------------------------------------------------------------------

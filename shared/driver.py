@@ -119,8 +119,8 @@ class Driver(Generic[E, F]):
         """Take no further batch; to be called by the owner thread."""
         self.stopping = True
 
-    def turn(self, longest_wait: float) -> None:
-        """One batch, after at most `longest_wait` seconds (for the watchdog)."""
+    def turn(self, longest_wait: float) -> bool:
+        """One batch, after at most `longest_wait` seconds (for the watchdog); whether there was anything in it."""
         due = self._machine.deadline
         wait = longest_wait if due is None else min(longest_wait, max(0.0, due - read_clock().mono))
         batch: list[E | Tick] = list(self._mailbox.take(wait))
@@ -131,6 +131,7 @@ class Driver(Generic[E, F]):
         self._work(batch, now)
         for event in batch:
             self._shell.settle(event)
+        return bool(batch)
 
     def _work(self, events: Sequence[E | Tick], now: Instant) -> None:
         while events:

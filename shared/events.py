@@ -57,7 +57,6 @@ _LEVELS: Mapping[Event, str] = {
     Event.CLOCK_JUMPED: "warning",
     Event.TRAINER_DIED: "warning",
     Event.TRAINING_FAILED: "error",
-    Event.TRAINING_PROGRESSED: "debug",
     Event.ROUND_EXTENDED: "warning",
     Event.UPDATE_REJECTED: "warning",
     Event.ROUND_ABANDONED: "warning",

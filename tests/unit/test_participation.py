@@ -378,6 +378,19 @@ def test_words_of_an_earlier_job_do_not_count() -> None:
     assert bench.machine.work is not None
 
 
+def test_progress_is_told_now_and_then() -> None:
+    """A line in ten seconds, not one for each step."""
+    bench = Bench()
+    bench.begin()
+    assert bench.machine.work is not None
+    told = []
+    for step in range(25):
+        bench.now = later(1.0, bench.now)
+        told += bench.tell(core.TrainerTold(Progress(bench.machine.work.id, "training", step=step)))
+    assert [each.progress.step for each in told if isinstance(each, core.ShowProgress)] == [9, 19]
+    assert bench.machine.progress == Progress(bench.machine.work.id, "training", step=24)
+
+
 def test_a_warm_trainer_rests_after_a_while() -> None:
     """It stays for the next round, then its memory is freed."""
     bench = Bench()

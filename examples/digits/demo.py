@@ -22,7 +22,7 @@ from edge_agent.child import rss
 from examples.digits import data, place
 from examples.digits.judge import Judge, Score
 from examples.digits.place import Place
-from examples.digits.processes import DemoError, Process, Processes, end_of, program
+from examples.digits.processes import ENDING, DemoError, Process, Processes, end_of, program
 from examples.digits.report import ENOUGH, DeviceRecord, Report, RoundRecord, dot
 from examples.digits.screen import Screen, open_screen
 from examples.digits.watch import Ear, ask
@@ -46,7 +46,7 @@ DEVICE_MEMORY = 390 << 20
 def main() -> int:
     """Run the demo; returns the exit code."""
     options = _options()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, _interrupt)
     try:
         with _claimed(options.folder) as here, open_screen(options.rounds) as screen:
@@ -93,7 +93,7 @@ class Demo:
         self._screen.stage("training every device once more, with its own data only")
         for number, device in enumerate(self._devices):
             alone = judge.alone(number, len(training.records))
-            device.alone_accuracy, device.alone_known = alone.accuracy, alone.known
+            device.alone_accuracy, device.alone_known = round(alone.accuracy, 4), alone.known
         report = Report(
             rounds_planned=self._rounds,
             epochs=judge.manifest.training.epochs,

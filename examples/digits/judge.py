@@ -1,6 +1,7 @@
 """Judges weights on the hold-outs of all devices together, which nobody but a demo can do: they are on one machine.
 
-It uses the release's own eval graph and the agent's own code, so that demo and devices measure the same thing.
+It runs the release's own eval graph in the agent's own interpreter and splits the data as the agents do, so that demo
+and devices measure the same thing.
 """
 
 from collections.abc import Sequence
@@ -13,15 +14,13 @@ import torch
 
 from aggregator.release import Description
 from edge_agent import data
-from edge_agent.data import Examples
+from edge_agent.interpreter import Interpreter
 from edge_agent.jobs import Source
 from edge_agent.trainer import Model, State, load_state
 from examples.digits.data import DIGITS
 from examples.digits.processes import DemoError
+from shared import graph
 from shared.messages import Root
-
-RECOGNISED = 0.5
-"""A digit counts as known when at least this share of its held-out images is read right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +31,8 @@ class Score:
     loss: float
     by_digit: dict[int, float]
     """Share of each digit's images that is read right."""
-
-    @property
-    def known(self) -> int:
-        """How many digits are known."""
-        return sum(share >= RECOGNISED for share in self.by_digit.values())
+    known: tuple[int, ...]
+    """The digits whose images are read as that digit more often than as any other."""
 
 
 class Judge:
@@ -51,23 +47,23 @@ class Judge:
         if graphs is None or weights is None:
             raise DemoError("the release file has no graphs or weights")
         self._model = Model(graphs.train, graphs.eval, manifest.layout, manifest.data)
+        self._eval = Interpreter(graph.parse(graphs.eval))
         self._weights = load_state(weights, manifest.layout)
-        sources = [Source("npz", str(path)) for path in files]
-        loaded = [data.load(source, manifest.data) for source in sources]
+        loaded = [data.load(Source("npz", str(path)), manifest.data) for path in files]
         self.splits = [examples.split(manifest.training.holdout) for examples in loaded]
-        pooled = [np.concatenate(column) for column in zip(*(held.arrays for _, held in self.splits), strict=True)]
-        self._by_digit = {digit: Examples(tuple(a[pooled[-1] == digit] for a in pooled)) for digit in range(DIGITS)}
+        columns = zip(*(held.arrays for _, held in self.splits), strict=True)
+        self._images, self._labels = (torch.from_numpy(np.concatenate(column)) for column in columns)
         self.start = self._score(self._weights)
 
     @property
     def images(self) -> int:
         """In all hold-outs together."""
-        return sum(map(len, self._by_digit.values()))
+        return len(self._labels)
 
     @property
     def digits(self) -> int:
         """How many digits are in the hold-outs at all."""
-        return sum(len(examples) > 0 for examples in self._by_digit.values())
+        return len(self._labels.unique())
 
     def score(self, weights: bytes) -> Score:
         """Of a release's weights."""
@@ -78,15 +74,18 @@ class Judge:
         fit, held = self.splits[device]
         training = self.manifest.training
         training = msgspec.structs.replace(training, epochs=training.epochs * rounds)
-        trained = self._model.train(self._weights, fit, held, training, "accuracy", seed=device)
-        return self._score(trained.weights)
+        return self._score(self._model.train(self._weights, fit, held, training, "accuracy", seed=device).weights)
 
     def _score(self, state: State) -> Score:
-        shares, loss = {}, 0.0
-        for digit, examples in self._by_digit.items():
-            if len(examples):
-                found = self._model.evaluate(state, examples, "accuracy", len(examples))
-                shares[digit] = found["accuracy"]
-                loss += found["loss"] * len(examples)
-        right = sum(share * len(self._by_digit[digit]) for digit, share in shares.items())
-        return Score(right / self.images, loss / self.images, shares)
+        with torch.no_grad():
+            outputs, loss = self._eval.run(state, [self._images, self._labels])
+        answers = outputs.argmax(1)
+        table = torch.zeros(DIGITS, DIGITS, dtype=torch.int64)
+        table.index_put_((self._labels, answers), torch.tensor(1), accumulate=True)
+        seen = [digit for digit in range(DIGITS) if table[digit].sum()]
+        return Score(
+            accuracy=float((answers == self._labels).double().mean()),
+            loss=float(loss),
+            by_digit={digit: float(table[digit, digit] / table[digit].sum()) for digit in seen},
+            known=tuple(digit for digit in seen if table[digit].argmax() == digit),
+        )

@@ -20,6 +20,9 @@ from shared.errors import FieldfareError
 GRACE = 10.0
 """Seconds for an orderly end."""
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that end a demo."""
+
 LINES = 8
 """Of a log, shown when its process ends early."""
 
@@ -123,9 +126,10 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # A second Ctrl-C must not cut this short.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
         self.stop()
+        for number, action in before.items():
+            signal.signal(number, action)
 
 
 def end_of(log: Path) -> str:

@@ -42,6 +42,7 @@ class DeviceRecord:
     held_out: int = 0
     state: str = "starting"
     round: int = 0
+    """The last that it trained in."""
     updates: int = 0
     """Accepted ones."""
     bytes_up: int = 0
@@ -50,7 +51,8 @@ class DeviceRecord:
     trainer_memory: int = 0
     """The highest seen."""
     alone_accuracy: float | None = None
-    alone_known: int | None = None
+    alone_known: tuple[int, ...] = ()
+    """Digits that it knows after training with its own data only."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,7 +67,8 @@ class Report:
     start_accuracy: float
     rounds: list[RoundRecord]
     devices: list[DeviceRecord]
-    digits_known: int
+    digits_known: tuple[int, ...]
+    """Those whose images the last release reads as that digit more often than as any other."""
     accuracy_by_digit: dict[int, float]
     aggregator_memory: int
     setup_seconds: float
@@ -103,7 +106,7 @@ class Report:
                 "epochs": self.epochs * len(self.rounds),
                 "accuracy_mean": round(statistics.mean(self.alone), 4),
                 "accuracy_best": round(max(self.alone), 4),
-                "digits_known_at_most": max(device.alone_known or 0 for device in self.devices),
+                "digits_known_at_most": max(len(device.alone_known) for device in self.devices),
             },
             "images_held_out": self.images,
             "rounds_planned": self.rounds_planned,
@@ -145,8 +148,11 @@ class Report:
             f"{count} devices trained one model together in {len(self.rounds)} rounds; their data never left them.",
             "",
             f"No device alone can know more than {KNOWN} digits; the model that they trained together knows "
-            f"{self.digits_known} of {self.digits}.",
+            f"{len(self.digits_known)} of {self.digits}.",
             *_entry("accuracy", f"{dot(self.accuracy)} on all {self.images} held-out images of all devices together"),
+            *_entry(
+                "of each digit", ", ".join(f"{digit} {dot(share)}" for digit, share in self.accuracy_by_digit.items())
+            ),
             *_entry("of each release", _curve([self.start_accuracy, *(one.accuracy for one in self.rounds)])),
             *_entry(
                 "own data only",

@@ -17,6 +17,9 @@ from examples.digits.report import DeviceRecord, RoundRecord, dot, size
 HEIGHT = 8
 """Lines of the curve."""
 
+WIDTH = 15
+"""Rounds that it shows, the newest."""
+
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -126,7 +129,7 @@ class Picture:
 def curve(records: Sequence[RoundRecord], rounds: int) -> list[Text]:
     """Accuracy over time: a bar for each release, 0 to 1 in HEIGHT lines, with the seconds below."""
     newest = records[-1]
-    shown = records[-20:]
+    shown = records[-WIDTH:]
     lines = [
         Text.assemble(
             f"round {newest.round}/{rounds}   accuracy ",
@@ -137,8 +140,8 @@ def curve(records: Sequence[RoundRecord], rounds: int) -> list[Text]:
     for level in reversed(range(HEIGHT)):
         label = {HEIGHT - 1: "1.0", HEIGHT // 2 - 1: " .5", 0: " .0"}.get(level, "   ")
         fills = [min(8, max(0, round((one.accuracy * HEIGHT - level) * 8))) for one in shown]
-        lines.append(Text(f"  {label} ┤ " + "".join(_BLOCKS[fill] * 3 + " " for fill in fills), style="green"))
-    lines.append(Text("  sec.   " + "".join(f"{one.at:>3.0f} " for one in shown), style="dim"))
+        lines.append(Text(f"  {label} ┤ " + "".join(_BLOCKS[fill] * 4 + " " for fill in fills), style="green"))
+    lines.append(Text("  sec.   " + "".join(f"{one.at:>4.{0 if one.at >= 99 else 1}f} " for one in shown), style="dim"))
     return lines
 
 

@@ -66,8 +66,7 @@ def ask(place: Place, device: DeviceRecord) -> None:
         return
     link, memory, counts = told["link"], told["memory"], told["counts"]
     device.state = told["state"] if link["connected"] else "not connected"
-    if told["state"] == "training":
-        device.round = told["training"]["round"]
+    device.round = max((task["last_round_trained"] for task in told["tasks"].values()), default=0)
     device.updates = counts.get("updates_accepted", 0)
     device.bytes_up, device.bytes_down = link["bytes_sent"], link["bytes_received"]
     device.agent_memory = max(device.agent_memory, memory["agent"] or 0)

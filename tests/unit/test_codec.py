@@ -59,7 +59,7 @@ def test_not_finite(value: float, position: int) -> None:
 
 def test_decoded_is_read_only() -> None:
     """What was received cannot be changed by accident: it shares memory with the message."""
-    delta = codec.decode("fp32", bytearray(8), [2])
+    delta = codec.decode("fp32", memoryview(bytearray(8)), [2])
     with pytest.raises(ValueError, match="read-only"):
         delta[0] = 1
 

@@ -4,6 +4,7 @@ import io
 import zipfile
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from struct import pack
 
 import msgspec
@@ -29,7 +30,7 @@ def arrays(count: int = 5) -> dict[str, np.ndarray]:
     return {"x": x, "y": np.arange(count, dtype=np.int64) % 4}
 
 
-def npz(path: Path, **given: np.ndarray) -> Source:
+def npz(path: Path, **given: Any) -> Source:
     """A source of one .npz file with these arrays."""
     np.savez(path, **given)
     return Source("npz", str(path))

@@ -112,7 +112,7 @@ def test_at_the_threshold_or_switched_off_nothing_blocks(facts: dict[str, Any], 
 
 def test_our_own_trainer_is_not_load() -> None:
     """While we train, pressure of CPU and I/O and the memory we took are ours; what others use still counts."""
-    ours = {"training": True, "cpu_pressure": 99.0, "io_pressure": 99.0, "load": 9.0, "memory_free": 0}
+    ours: dict[str, Any] = {"training": True, "cpu_pressure": 99.0, "io_pressure": 99.0, "load": 9.0, "memory_free": 0}
     assert names(**ours) == []
     assert names(**ours, cpu_others=None) == []
     assert names(**ours, cpu_others=60.0) == ["cpu"]

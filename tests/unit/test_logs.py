@@ -28,7 +28,8 @@ def _as_before() -> Iterator[None]:
     before = root.handlers[:], root.level
     yield
     structlog.reset_defaults()
-    root.handlers, _ = before[0], root.setLevel(before[1])
+    root.handlers = before[0]
+    root.setLevel(before[1])
 
 
 class Journal:

@@ -4,8 +4,8 @@ import io
 import zipfile
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 from struct import pack
+from typing import Any
 
 import msgspec
 import numpy as np

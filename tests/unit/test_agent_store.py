@@ -1,0 +1,229 @@
+"""What a device remembers: positions that only rise, and a release that is whole or not there."""
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from edge_agent import store as module
+from edge_agent.store import Kept, Store
+from shared import signing, wire
+from shared.errors import ConfigError
+from shared.messages import Release, ReleaseMessage, TaskManifest
+from shared.trust import Position
+from tests.records import Records
+
+RECORDS = Records()
+OFFER = Position((1, 3, 2), b"o" * 32)
+
+
+def positions(message: ReleaseMessage) -> tuple[Position, Position]:
+    """(manifest's, release's)."""
+    manifest = wire.unpack(message.manifest.payload, TaskManifest)
+    release = wire.unpack(message.release.payload, Release)
+    return (
+        Position((manifest.version,), signing.digest(message.manifest)),
+        Position((manifest.version, release.number), signing.digest(message.release)),
+    )
+
+
+def kept(message: ReleaseMessage, offer: Position | None = None, worked: tuple[int, int] = (0, 0)) -> Kept:
+    """How a whole release reads back."""
+    manifest, release = positions(message)
+    return Kept("points", message.manifest, message.release, release, manifest, offer, worked)
+
+
+def keep(store: Store, message: ReleaseMessage) -> None:
+    """Make a release the newest."""
+    store.keep_release("points", message, *positions(message))
+
+
+def begun(folder: Path) -> tuple[Store, ReleaseMessage]:
+    """A store with a release, an offer and some work."""
+    store, message = Store(folder), RECORDS.message()
+    keep(store, message)
+    store.keep_offer("points", OFFER)
+    store.keep_worked("points", (1, 2))
+    return store, message
+
+
+def stored(folder: Path) -> set[str]:
+    """Names of the files of the task."""
+    return {path.name for path in (folder / "tasks" / "points").iterdir()}
+
+
+def names(message: ReleaseMessage) -> set[str]:
+    """Of the files that a release needs."""
+    assert message.graphs is not None and message.weights is not None
+    parts = (wire.pack(message.manifest), wire.pack(message.release), message.graphs.train, message.graphs.eval)
+    return {sha256(part).hexdigest() for part in (*parts, message.weights)}
+
+
+def test_a_new_device(tmp_path: Path) -> None:
+    """The folders are made, for nobody else to read, and nothing is known."""
+    store = Store(tmp_path / "state")
+    assert store.load() == []
+    assert {path.name for path in (tmp_path / "state").iterdir()} == {"tasks", "outbox"}
+    assert (tmp_path / "state" / "tasks").stat().st_mode & 0o077 == 0
+
+
+def test_no_place(tmp_path: Path) -> None:
+    """A state directory that cannot be used is a mistake of the configuration."""
+    (tmp_path / "state").write_text("a file")
+    with pytest.raises(ConfigError, match="state_dir"):
+        Store(tmp_path / "state")
+
+
+def test_across_a_restart(tmp_path: Path) -> None:
+    """Release, positions and the last round worked for come back as they were."""
+    _, message = begun(tmp_path)
+    assert Store(tmp_path).load() == [kept(message, OFFER, (1, 2))]
+    assert Store(tmp_path).load() == [kept(message, OFFER, (1, 2))]
+
+
+def test_every_file_is_where_the_trainer_looks(tmp_path: Path) -> None:
+    """Graphs and weights lie under the names that the signed records give them."""
+    store, message = begun(tmp_path)
+    assert message.graphs is not None and message.weights is not None
+    manifest = wire.unpack(message.manifest.payload, TaskManifest)
+    release = wire.unpack(message.release.payload, Release)
+    train, evaluate, weights = store.files("points", manifest, release)
+    assert train.read_bytes() == message.graphs.train
+    assert evaluate.read_bytes() == message.graphs.eval
+    assert weights.read_bytes() == message.weights
+
+
+def test_tasks_do_not_mix(tmp_path: Path) -> None:
+    """Each task has its own positions; they come back by name."""
+    store, message = begun(tmp_path)
+    store.keep_offer("a-task", Position((7, 1, 0), b"7" * 32))
+    first, second = Store(tmp_path).load()
+    assert first == Kept("a-task", None, None, None, None, Position((7, 1, 0), b"7" * 32), (0, 0))
+    assert second == kept(message, OFFER, (1, 2))
+
+
+def test_an_offer_before_any_release(tmp_path: Path) -> None:
+    """Its position is kept though no release is, and a release that follows keeps it too."""
+    Store(tmp_path).keep_offer("points", OFFER)
+    store = Store(tmp_path)
+    assert store.load() == [Kept("points", None, None, None, None, OFFER, (0, 0))]
+    message = RECORDS.message()
+    keep(store, message)
+    assert Store(tmp_path).load() == [kept(message, OFFER)]
+
+
+def test_unused_files_go(tmp_path: Path) -> None:
+    """After a newer release only its own files and the state remain."""
+    store, message = begun(tmp_path)
+    assert stored(tmp_path) == names(message) | {"state"}
+    newer = RECORDS.message(number=1, value=2.0)
+    keep(store, newer)
+    assert stored(tmp_path) == names(newer) | {"state"}
+    assert names(newer) & names(message)  # the graphs and the manifest were not written again
+    assert Store(tmp_path).load() == [kept(newer, OFFER, (1, 2))]
+
+
+def test_a_crash_before_the_state_is_replaced(tmp_path: Path) -> None:
+    """New files beside the old state: the old release is whole and the newest; the next release sweeps them away."""
+    store, message = begun(tmp_path)
+    before = (tmp_path / "tasks" / "points" / "state").read_bytes()
+    newer = RECORDS.message(number=1, value=2.0)
+    keep(store, newer)
+    replay = Store(tmp_path / "again")
+    keep(replay, message)
+    folder = tmp_path / "again" / "tasks" / "points"
+    for name in names(newer):
+        (folder / name).write_bytes((tmp_path / "tasks" / "points" / name).read_bytes())
+    (folder / "state").write_bytes(before)
+    (folder / ".state.new").write_bytes(b"half")
+    again = Store(tmp_path / "again")
+    assert again.load() == [kept(message, OFFER, (1, 2))]
+    newest = RECORDS.message(number=2, value=3.0)
+    keep(again, newest)
+    assert {path.name for path in folder.iterdir()} == names(newest) | {"state"}
+
+
+def test_a_crash_before_the_old_files_went(tmp_path: Path) -> None:
+    """The new state beside old files is the new release."""
+    store, _ = begun(tmp_path)
+    folder = tmp_path / "tasks" / "points"
+    old = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "state"}
+    newer = RECORDS.message(number=1, value=2.0)
+    keep(store, newer)
+    for name, data in old.items():
+        (folder / name).write_bytes(data)
+    assert Store(tmp_path).load() == [kept(newer, OFFER, (1, 2))]
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "gone", "empty"])
+@pytest.mark.parametrize("which", range(5))
+def test_a_damaged_file(tmp_path: Path, which: int, harm: str) -> None:
+    """A release of which one byte is wrong is none; how far the offers have come is still known."""
+    _, message = begun(tmp_path)
+    path = tmp_path / "tasks" / "points" / sorted(names(message))[which]
+    data = path.read_bytes()
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": data[:-1], "flip": data[:-1] + bytes([data[-1] ^ 1]), "empty": b""}[harm])
+    assert Store(tmp_path).load() == [Kept("points", None, None, None, None, OFFER, (1, 2))]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_a_damaged_file_is_made_good(tmp_path: Path, which: int) -> None:
+    """The broker has the release still: keeping it once more repairs what was damaged."""
+    _, message = begun(tmp_path)
+    (tmp_path / "tasks" / "points" / sorted(names(message))[which]).write_bytes(b"damaged")
+    store = Store(tmp_path)
+    store.load()
+    keep(store, message)
+    assert Store(tmp_path).load() == [kept(message, OFFER, (1, 2))]
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x80", b"\x81\xa1v\x02", b"x" * 70_000])
+def test_a_damaged_state(tmp_path: Path, content: bytes) -> None:
+    """It is as good as none: the task begins anew, and other tasks are not touched by it."""
+    store, message = begun(tmp_path)
+    store.keep_offer("other", OFFER)
+    (tmp_path / "tasks" / "points" / "state").write_bytes(content)
+    again = Store(tmp_path)
+    assert [each.name for each in again.load()] == ["other"]
+    keep(again, message)
+    assert kept(message) in Store(tmp_path).load()
+
+
+def test_strange_folders(tmp_path: Path) -> None:
+    """What cannot be a task's name, or has no state, is left out and left alone."""
+    begun(tmp_path)
+    (tmp_path / "tasks" / "lost+found").mkdir()
+    (tmp_path / "tasks" / "no-state").mkdir()
+    (tmp_path / "tasks" / "file").write_text("x")
+    (tmp_path / "tasks" / "odd").mkdir()
+    (tmp_path / "tasks" / "odd" / "state").mkdir()
+    assert [each.name for each in Store(tmp_path).load()] == ["points"]
+
+
+def test_the_outbox_is_cleared_at_start(tmp_path: Path) -> None:
+    """A body that was on its way when the agent ended is of no use to anybody."""
+    store = Store(tmp_path)
+    (store.outbox / "1234.body").write_bytes(b"sealed")
+    (store.outbox / ".1235.body.new").write_bytes(b"half")
+    again = Store(tmp_path)
+    assert os.listdir(again.outbox) == []
+
+
+def test_a_release_in_parts_is_never_kept(tmp_path: Path) -> None:
+    """An announcement alone cannot become the newest release."""
+    store = Store(tmp_path)
+    message = RECORDS.message()
+    bare = ReleaseMessage(1, message.manifest, message.release)
+    with pytest.raises(ValueError):
+        store.keep_release("points", bare, *positions(message))
+    assert store.load() == []
+
+
+def test_the_state_is_bounded(tmp_path: Path) -> None:
+    """A whole state is far below the limit above which it is not read."""
+    begun(tmp_path)
+    assert (tmp_path / "tasks" / "points" / "state").stat().st_size * 10 < module._STATE_MAX

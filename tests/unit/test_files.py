@@ -1,0 +1,54 @@
+"""shared.files: a file is there whole or not at all."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from shared.files import write_durably
+
+
+def test_written_and_replaced(tmp_path: Path) -> None:
+    """The new bytes take the place of the old, and nothing else is left in the folder."""
+    path = tmp_path / "state"
+    write_durably(path, b"old and longer")
+    write_durably(path, memoryview(bytearray(b"new")))
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_for_its_owner_only(tmp_path: Path) -> None:
+    """What is kept may be a key: nobody else reads it, whatever the umask."""
+    before = os.umask(0)
+    try:
+        write_durably(tmp_path / "key", b"secret")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+
+
+def test_what_a_crash_left_is_no_obstacle(tmp_path: Path) -> None:
+    """A half-written file of an earlier crash is written over, and never read as the file itself."""
+    (tmp_path / ".state.new").write_bytes(b"half of something much longer than what follows")
+    assert not (tmp_path / "state").exists()
+    write_durably(tmp_path / "state", b"whole")
+    assert (tmp_path / "state").read_bytes() == b"whole"
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_a_failed_write_keeps_the_old(tmp_path: Path) -> None:
+    """Where the file cannot be put in its place, what was there before stays."""
+    path = tmp_path / "state"
+    path.mkdir()
+    (path / "inside").write_bytes(b"kept")
+    with pytest.raises(OSError):
+        write_durably(path, b"new")
+    assert (path / "inside").read_bytes() == b"kept"
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    """A missing folder is the caller's mistake and is not made up for."""
+    with pytest.raises(FileNotFoundError):
+        write_durably(tmp_path / "absent" / "state", b"x")
+    assert not (tmp_path / "absent").exists()

@@ -130,7 +130,8 @@ class Store:
         """Open or create the database file; ConfigError if it is not one of ours, or of a later version."""
         if read_only and not path.exists():
             raise ConfigError(str(path), "", "no database here: has the aggregator run with this state.directory?")
-        url = f"sqlite:///file:{path.resolve().as_posix()}?mode={'ro' if read_only else 'rwc'}&uri=true"
+        mode = {"mode": "ro" if read_only else "rwc", "uri": "true"}
+        url = sa.URL.create("sqlite", database=path.resolve().as_uri(), query=mode)
         self._engine = sa.create_engine(url, poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
         try:
             self._connection = self._engine.connect()
@@ -340,7 +341,8 @@ class Blobs:
         """Store bytes durably; returns their sha256. Storing them twice is storing them once."""
         name = hashlib.sha256(data).digest()
         path = self._path(name)
-        if not path.exists():
+        # What lies there may be damaged; then this is what repairs it.
+        if not (path.exists() and path.read_bytes() == data):
             write_durably(path, data)
         return name
 

@@ -151,9 +151,9 @@ class Store:
 
 def _put(folder: Path, data: bytes) -> bytes:
     name = sha256(data).digest()
-    path = folder / name.hex()
-    if not path.exists():
-        write_durably(path, data)
+    # What lies there may be damaged; then this is what repairs it.
+    if _get(folder, name) is None:
+        write_durably(folder / name.hex(), data)
     return name
 
 

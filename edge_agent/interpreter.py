@@ -186,7 +186,7 @@ class Interpreter:
         values += [constant.to("meta") for constant in self._constants] + [None] * len(graph.rows)
         steps = [step.without_memory() for step in (self._predicting if predict else self._steps)]
         outputs = graph.outputs[:-1] if predict else graph.outputs
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad():
             results = self._execute(steps, outputs, values, _Meter(self._budget))
         loss = results[-1]
         if not predict and (loss.dim() != 0 or not loss.is_floating_point()):

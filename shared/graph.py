@@ -401,9 +401,7 @@ def _check_row(graph: Graph, row: Row, values: Sequence[_Known], limits: Limits)
     target = _Trace.TARGET if any(_Trace.TARGET in trace for trace in used) else _Trace.NOTHING
     memory = _Trace.NOTHING
     if operator.inplace:
-        first = values[_changed(row).value].trace
-        _check_change(graph, first, target)
-        memory = first & _MEMORY
+        _check_change(graph, values[_changed(row).value].trace, target)
     elif operator.view:
         for trace in used:
             memory |= trace & _MEMORY

@@ -95,6 +95,7 @@ def test_a_repeated_name_is_refused() -> None:
     [
         ({}, Reason.GRAPH_LAYOUT),
         ({"b": entry()}, Reason.GRAPH_LAYOUT),
+        ({"a": entry(), "b": entry(shape=[0], offsets=[8, 8])}, Reason.GRAPH_LAYOUT),
         ({"a": entry("F64")}, Reason.GRAPH_LAYOUT),
         ({"a": entry(shape=[1, 2])}, Reason.GRAPH_LAYOUT),
         ({"a": entry(shape=[True, 2])}, Reason.GRAPH_LAYOUT),

@@ -113,6 +113,14 @@ class RoundReduced:
     metrics: Metrics
 
 
+@dataclass(frozen=True, slots=True)
+class RoundSpoilt:
+    """A closing round's mean makes no weights (a value overflows)."""
+
+    task: str
+    number: int
+
+
 Event = (
     LinkReady
     | ReleaseReceived
@@ -122,6 +130,7 @@ Event = (
     | UpdateSpoilt
     | HeadRecalled
     | RoundReduced
+    | RoundSpoilt
     | Tick
 )
 
@@ -159,12 +168,12 @@ class OpenRound:
 
 @dataclass(frozen=True, slots=True)
 class ReviseRound:
-    """Store a re-issued offer, then publish it; `state` is the round's in the store, `told` the event if it is one."""
+    """Store a re-issued offer, then publish it; `state` is the round's in the store (None: as it is)."""
 
     manifest_version: int
     offer: RoundOffer
     signed: Signed
-    state: str
+    state: str | None
     extensions: int
     updates: int
     told: events.Event | None
@@ -300,6 +309,8 @@ class Task:
     round: Round | None = None
     """The open round; None while waiting, reducing or finished."""
     closing: Round | None = None
+    keyless: bool = False
+    """The round's private key is gone (a restored backup has none), so nothing sealed to it can be opened."""
     live: set[str] = field(default_factory=set)
     """Devices whose newest word is that they would train this task."""
     previous_weights: bytes | None = None
@@ -351,6 +362,9 @@ class Coordinator:
                 return self._head_recalled(received, outcome)
             case RoundReduced():
                 return self._round_reduced(event, now)
+            case RoundSpoilt(task=name):
+                task = self.tasks[name]
+                return self._abandon(task, "rejected_by_gate") + self._go_on(task, now)
             case Tick():
                 return self._deadlines(now)
             case _:
@@ -367,7 +381,9 @@ class Coordinator:
         if not self.ready:
             # A restart owes the release of every round that was closing.
             for task in self.tasks.values():
-                if task.closing is not None:
+                if task.keyless:
+                    effects += self._abandon(task, "superseded")
+                elif task.closing is not None:
                     effects.append(Reduce(task.manifest, task.release, task.closing.number))
         if fresh:
             for name, task in self.tasks.items():
@@ -483,7 +499,7 @@ class Coordinator:
         participation: int | None = None,
         deadline: int | None = None,
         state: OfferState = OfferState.OPEN,
-        stored: str = "open",
+        stored: str | None = "open",
         told: events.Event | None = None,
     ) -> list[Effect]:
         before = task.offer
@@ -555,10 +571,14 @@ class Coordinator:
             StoreRelease(task.manifest.version, closed.number, release, signed, updates, seconds),
             PublishRelease(event.task, release.number, announce=True),
         ]
-        if task.phase == "finished":
-            effects += self._revise(task, state=OfferState.FINISHED, stored="released")
-            return [*effects, FinishTask(event.task, closed.number)]
-        return effects + self._open_rounds(now)
+        return effects + self._go_on(task, now)
+
+    def _go_on(self, task: Task, now: Instant) -> list[Effect]:
+        """After a round: the next one, or the end of the plan."""
+        if task.phase != "finished":
+            return self._open(task, now)
+        finished = self._revise(task, state=OfferState.FINISHED, stored=None)
+        return [*finished, FinishTask(task.manifest.task, task.last_round)]
 
     def _abandon(self, task: Task, how: str) -> list[Effect]:
         current = task.round or task.closing
@@ -566,6 +586,7 @@ class Coordinator:
             return []
         effects: list[Effect] = list(self._revise(task, state=OfferState.CLOSED, stored=how))
         task.round = task.closing = None
+        task.keyless = False
         return [*effects, AbandonRound(task.manifest.task, task.manifest.version, current.number, how)]
 
     # -- updates --

@@ -94,7 +94,11 @@ class Service:
         self._recorded: set[bytes] = set()
         self._deny = _DenyList(Path(config.trust.deny) if config.trust.deny else None)
         for stored in self._store.tasks():
-            self._coordinator.tasks[stored.name] = _restore(stored, now)
+            task = _restore(stored, now)
+            current = task.round or task.closing
+            if current is not None:
+                task.keyless = not self._key_file(stored.name, stored.manifest_version, current.number).exists()
+            self._coordinator.tasks[stored.name] = task
         self._sweep()
         self._counts: collections.Counter[str] = collections.Counter()
         self._refused: collections.Counter[str] = collections.Counter()
@@ -376,7 +380,7 @@ class Service:
             self._send(RELEASE, wire.pack(announcement))
         tell(Event.RELEASE_PUBLISHED, task=effect.task, release=effect.number, bytes=size)
 
-    def _reduce(self, effect: core.Reduce) -> core.RoundReduced:
+    def _reduce(self, effect: core.Reduce) -> core.RoundReduced | core.RoundSpoilt:
         manifest, release = effect.manifest, effect.release
         fold = self._fold(manifest, release.task, effect.number)
         base = tensors.load(self._blobs.get(release.weights.sha256), manifest.layout)
@@ -384,7 +388,19 @@ class Service:
         mean = fold.mean()
         mean *= manifest.server.lr
         flat += mean
-        weights = tensors.save(manifest.layout, tensors.unflatten(manifest.layout, flat, base))
+        try:
+            weights = tensors.save(manifest.layout, tensors.unflatten(manifest.layout, flat, base))
+        except RemoteProtocolError as error:
+            # Every update was finite and clipped, yet their mean takes a weight out of its type's range.
+            self._refused[error.reason.value] += 1
+            tell(
+                Event.MESSAGE_REFUSED,
+                task=manifest.task,
+                round=effect.number,
+                reason=error.reason.value,
+                detail=error.detail,
+            )
+            return core.RoundSpoilt(manifest.task, effect.number)
         name = self._blobs.put(weights)
         rows = self._store.contributions(manifest.task, manifest.version, effect.number)
         metrics = validate.pooled([(row.metrics, row.holdout) for row in rows])

@@ -193,14 +193,11 @@ class Store:
         self._connection.execute(_rounds.insert().values(**row, offer=wire.pack(offer), extensions=0, opened=opened))
 
     def revise_round(
-        self, task: str, manifest_version: int, number: int, state: str, offer: Signed, extensions: int
+        self, task: str, manifest_version: int, number: int, state: str | None, offer: Signed, extensions: int
     ) -> None:
-        """A re-issued offer and the state that goes with it."""
-        self._connection.execute(
-            _rounds.update()
-            .where(*_round(task, manifest_version, number))
-            .values(state=state, offer=wire.pack(offer), extensions=extensions)
-        )
+        """A re-issued offer and the state that goes with it; None leaves the state as it is."""
+        changed = {"offer": wire.pack(offer), "extensions": extensions} | ({"state": state} if state else {})
+        self._connection.execute(_rounds.update().where(*_round(task, manifest_version, number)).values(changed))
 
     def end_round(self, task: str, manifest_version: int, number: int, how: str, now: float) -> None:
         """The one way in which a round ended."""

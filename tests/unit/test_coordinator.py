@@ -430,6 +430,34 @@ def test_a_restart_finishes_what_was_closing_and_says_everything_again() -> None
     assert [type(each) for each in effects] == [core.Reduce, core.PublishRelease, core.PublishOffer]
 
 
+def test_a_round_whose_key_is_gone_is_given_up() -> None:
+    """After a restore nothing sealed to it can be opened: it ends, and the next one opens."""
+    bench = Bench()
+    bench.begin()
+    again = Bench()
+    again.machine.tasks = bench.machine.tasks
+    again.machine.devices = bench.machine.devices
+    again.machine.tasks["points"].keyless = True
+    effects = again.tell(core.LinkReady(True))
+    assert [type(each) for each in effects][:2] == [core.ReviseRound, core.AbandonRound]
+    assert isinstance(effects[-1], core.OpenRound)
+    assert again.offer.round == 2
+
+
+def test_a_mean_that_makes_no_weights_ends_its_round() -> None:
+    """The release stays, the next round opens on it; the last one finishes the task."""
+    bench = Bench()
+    bench.begin(RECORDS.message(RECORDS.manifest(rounds=2)))
+    for number in (1, 2):
+        for device in "abc":
+            bench.update(device)
+        effects = bench.tell(core.RoundSpoilt("points", number))
+        assert [each.how for each in effects if isinstance(each, core.AbandonRound)] == ["rejected_by_gate"]
+    assert isinstance(effects[-1], core.FinishTask)
+    assert bench.offer.state is OfferState.FINISHED
+    assert bench.machine.tasks["points"].release.number == 0
+
+
 def test_a_session_that_the_broker_kept_needs_nothing() -> None:
     """A short cut of the link repeats no release."""
     bench = Bench()

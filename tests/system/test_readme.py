@@ -19,13 +19,16 @@ from dataclasses import dataclass, field
 from getpass import getuser
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from aggregator import cli as aggregator_cli
 from aggregator.broker import Broker, free_port
+from aggregator.task import TaskFile, TrainingSection
 from edge_agent import cli as agent_cli
 from shared.events import Event
 from shared.logs import sentence
+from shared.messages import Conditions, DataContract, Plan
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -360,3 +363,22 @@ def test_every_page_is_listed() -> None:
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert pages <= set(_links(ROOT / "docs" / "README.md"))
     assert "docs/README.md" in _links(README)
+
+
+def _keys(kind: type[msgspec.Struct], prefix: str = "") -> set[str]:
+    return {f"{prefix}{each.name}" for each in msgspec.structs.fields(kind)}
+
+
+def test_the_task_files_page_names_every_key() -> None:
+    """docs/task-file.md has all keys of a task file and no other."""
+    text = (ROOT / "docs" / "task-file.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## `\[(\w+)\]`.*$", text, flags=re.M)
+    named = {"": sections[0]} | dict(zip(sections[1::2], sections[2::2], strict=True))
+    parts: dict[str, type[msgspec.Struct]]
+    parts = {"training": TrainingSection, "data": DataContract, "plan": Plan, "conditions": Conditions}
+    wanted = {"": _keys(TaskFile) - set(parts)} | {name: _keys(kind) for name, kind in parts.items()}
+    found = {
+        name: {key for row in re.findall(r"^\| (`.*?) \|", section, re.M) for key in re.findall(r"`(\w+)`", row)}
+        for name, section in named.items()
+    }
+    assert found == wanted

@@ -62,7 +62,10 @@ def _fleet_init(options: argparse.Namespace) -> int:
         show({"fleet": fleet.name, "directory": str(place.absolute()), "hosts": fleet.hosts, "port": fleet.port}, True)
         return Exit.OK
     print(f"made the fleet {fleet.name} in {place}")
-    print(f"  broker      mosquitto -c {place / 'broker' / 'mosquitto.conf'}")
+    if options.broker_home is None:
+        print(f"  broker      mosquitto -c {place / 'broker' / 'mosquitto.conf'}")
+    else:
+        print(f"  broker      copy {place / 'broker'} to {options.broker_home} on its host")
     print(f"  aggregator  aggregator run --config {place / 'aggregator' / 'aggregator.toml'}")
     print(f"  devices     aggregator device add NAME --fleet {place} -o NAME.tar.gz")
     print(f"keep {place / 'root'} and {place / 'ca'} off this machine when you do not need them: who holds")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.enums import CallbackAPIVersion, LogLevel, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -122,6 +122,7 @@ class Link:
         self._packet_max: int | None = None
         self._generation = 0
         self._earlier, self._current = (0, 0), (0, 0)
+        self._complaint = ""
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=settings.client_id,
@@ -135,11 +136,13 @@ class Link:
         if will is not None:
             client.will_set(will.topic, will.payload, qos=0, retain=True)
         client.on_socket_open = self._guard(self._on_socket_open)
+        client.on_socket_close = self._guard(self._on_socket_close)
         client.on_connect = self._guard(self._on_connect)
         client.on_connect_fail = self._guard(self._on_connect_fail)
         client.on_disconnect = self._guard(self._on_disconnect)
         client.on_message = self._guard(self._on_message)
         client.on_publish = self._guard(self._on_publish)
+        client.on_log = self._guard(self._on_log)
         self._client = client
         self._spread()
 
@@ -218,11 +221,16 @@ class Link:
         # paho doubles from min to max without jitter, so a broker's restart would bring the whole fleet back at once.
         shortest = self._settings.backoff_min * random.uniform(0.5, 1.5)
         longest = max(shortest, self._settings.backoff_max * random.uniform(0.5, 1.5))
-        self._client.reconnect_delay_set(max(1, round(shortest)), max(1, round(longest)))
+        self._client.reconnect_delay_set(shortest, longest)  # type: ignore[arg-type]  # it only computes with them
 
     def _on_socket_open(self, _c: object, _u: object, sock: socket.socket) -> None:
         # MQTT answers small packets with small packets; Nagle's algorithm would hold each back for up to 40 ms.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _on_socket_close(self, _c: object, _u: object, sock: socket.socket) -> None:
+        received, sent = _tcp_bytes(sock) or self._current
+        self._earlier = (self._earlier[0] + received, self._earlier[1] + sent)
+        self._current = (0, 0)
 
     def _on_connect(
         self, _c: object, _u: object, flags: paho.ConnectFlags, code: ReasonCode, props: Properties | None
@@ -231,10 +239,9 @@ class Link:
             self._post.post(LinkDown(f"the broker refuses this client: {code}"))
             return
         self._generation += 1
-        received, sent = self._current
-        self._earlier = (self._earlier[0] + received, self._earlier[1] + sent)
-        self._current = (0, 0)
         self._packet_max = getattr(props, "MaximumPacketSize", None)
+        # Not at a disconnect: a refusal that comes after the handshake is one, and would begin the back-off anew.
+        self._spread()
         self._post.post(LinkUp(flags.session_present, self._packet_max))
 
     def _on_connect_fail(self, _c: object, _u: object) -> None:
@@ -243,9 +250,15 @@ class Link:
         where = f"{self._settings.host}:{self._settings.port}"
         self._post.post(LinkDown(f"no connection to {where}: {error if error else 'unknown cause'}"))
 
-    def _on_disconnect(self, _c: object, _u: object, _f: object, code: ReasonCode, _p: object) -> None:
-        self._spread()
-        self._post.post(LinkDown(str(code)))
+    def _on_disconnect(self, _c: object, _u: object, flags: paho.DisconnectFlags, code: ReasonCode, _p: object) -> None:
+        complaint, self._complaint = self._complaint, ""
+        silent = code.getName() == "Unspecified error" and not flags.is_disconnect_packet_from_server
+        self._post.post(LinkDown(complaint or ("the connection was cut" if silent else str(code))))
+
+    def _on_log(self, _c: object, _u: object, level: int, text: str) -> None:
+        # The only place where paho says what a socket's error was, such as the alert that refuses a certificate.
+        if level == LogLevel.MQTT_LOG_ERR:
+            self._complaint = text
 
     def _on_message(self, _c: object, _u: object, got: paho.MQTTMessage) -> None:
         message = Message(got.topic, bytes(got.payload), got.retain, got.qos, got.mid, self._generation)

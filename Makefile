@@ -36,7 +36,7 @@ demo: setup ## a fleet of devices learns ten digits; DEVICES=8 ROUNDS=15
 	$(BIN)/python -m examples.digits.demo --devices $(DEVICES) --rounds $(ROUNDS) $(ARGS)
 
 bench: setup ## every benchmark; JSON under build/bench
-	$(BIN)/python bench/run.py $(ARGS)
+	$(BIN)/python -m bench.run $(ARGS)
 
 mutants: setup ## break the named guards one by one; the tests must go red
 	$(BIN)/python tests/mutants.py $(ARGS)

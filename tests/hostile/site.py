@@ -69,6 +69,7 @@ class Site:
         self._state = fleet.folder / "aggregator" / "state"
         self.operator = Peer(fleet, fleet.operator)
         self._fence = Peer(fleet, fleet.device(FENCE))
+        self._watcher = Peer(fleet, fleet.device("watcher"))
         self._good = 0
         self.manifests: dict[str, TaskManifest] = {}
         self.messages: dict[str, ReleaseMessage] = {}
@@ -129,13 +130,11 @@ class Site:
         return signing.verify(signed, Receipt, Role.AGGREGATOR, [signing.public_bytes(self.keys.aggregator)])
 
     def retained(self) -> dict[str, bytes]:
-        """All that the broker keeps of models."""
-        with Peer(self.fleet, self.fleet.operator) as peer:
-            assert peer.subscribe("models/#") < 128
-            found = dict(peer.fence())
-        # The broker ended the operator's other connection for this one: same certificate, same client id.
-        self.operator = Peer(self.fleet, self.fleet.operator)
-        return found
+        """All that the broker keeps of models, as a device sees it."""
+        self._watcher.fence()
+        # Asking again brings what is retained again.
+        assert self._watcher.subscribe("models/#") < 128
+        return dict(self._watcher.fence())
 
     def offer(self, task: str) -> RoundOffer:
         """The newest offer of a task, believed as a device believes it."""

@@ -13,6 +13,13 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICK
 
 
+def machine_busy() -> float:
+    """CPU seconds that the whole machine has worked since it started."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    idle, waiting = fields[3], fields[4]
+    return (sum(fields[:8]) - idle - waiting) / _TICK
+
+
 def cpu_exact(pid: int) -> float:
     """CPU time of the threads it has now, to the nanosecond."""
     return sum(int(line.split()[0]) for line in _each_thread(pid, "schedstat")) / 1e9

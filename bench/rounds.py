@@ -28,9 +28,10 @@ def measure(root: Path, devices: int, rounds: int, idle: float) -> list[Figure]:
         log = fleet.log()
         fleet.publish(release)
         _until_closed(fleet, log, WARM, 120)
-        cpu, began = _cpu(fleet), time.monotonic()
+        cpu, busy, began = _cpu(fleet), meters.machine_busy(), time.monotonic()
         _until_closed(fleet, log, WARM + rounds, 60 + 10 * rounds)
         spent, wall = _since(cpu, _cpu(fleet)), time.monotonic() - began
+        others = meters.machine_busy() - busy - sum(map(sum, spent.values()))
         fleet.until("the task has finished", lambda: _count(log, "task.finished") > 0, 60)
         received, sent = _settled(fleet, moved)
         group = f"Round, {devices} devices"
@@ -43,7 +44,9 @@ def measure(root: Path, devices: int, rounds: int, idle: float) -> list[Figure]:
         clients = tuple((a + t) / rounds for a, t in zip(spent["agent"], spent["trainer"], strict=True))
         figures.append(Figure(group, "CPU a round: client (agent + trainer)", "s", clients, Goal("<=", 0.05)))
         every = sum(map(sum, spent.values()))
-        figures.append(Figure(group, "CPU used of what 2 cores have", "%", (100 * every / wall / _cores(),)))
+        share = 100 / wall / _cores()
+        figures.append(Figure(group, "share of the machine's CPU: ours", "%", (share * every,)))
+        figures.append(Figure(group, "share of the machine's CPU: anything else", "%", (share * others,)))
         uplink = tuple(one / total / 1e6 for one in sent)
         figures.append(Figure(group, "bytes up a client and round", "MB", uplink, Goal("<=", 0.32)))
         # One release more than rounds goes down: the publisher's.

@@ -415,13 +415,15 @@ class Participation:
             return []
         trust.model(message, manifest, release)
         waiting = task.waiting_offer if task.offer is None or task.manifest != manifest else None
+        effects: list[Effect] = []
         if task.manifest != manifest:
             task.offer = None
+            effects += self._give_up(name, "superseded")
         task.manifest_signed, task.manifest, task.release = message.manifest, manifest, release
         task.manifest_position, task.release_position = manifest_position, position
         task.waiting_offer, task.failures = None, 0
         self.tasks[name] = task
-        effects: list[Effect] = [KeepRelease(name, manifest, release, message, manifest_position, position)]
+        effects.append(KeepRelease(name, manifest, release, message, manifest_position, position))
         if waiting is not None:
             try:
                 effects += self._offer_arrived(name, waiting, now)
@@ -457,14 +459,16 @@ class Participation:
             spread = task.manifest.plan.start_jitter * int.from_bytes(self.random(4), "big") / 2**32
             task.start_at = now.mono + spread
         effects: list[Effect] = [KeepOffer(name, offer, position)]
-        if offer.state is not OfferState.OPEN:
-            effects += self._round_over(name, offer)
+        if offer.state is not OfferState.OPEN or (before is not None and before.round != offer.round):
+            # A device that was away hears of the next round, and never that its own was closed.
+            effects += self._give_up(name, "round_over")
         return effects
 
-    def _round_over(self, name: str, offer: RoundOffer) -> list[Effect]:
-        if self.work is None or self.work.task != name or self.work.offer.round != offer.round:
+    def _give_up(self, name: str, why: str) -> list[Effect]:
+        """End what is trained for this task, if anything: it would not count any more."""
+        if self.work is None or self.work.task != name:
             return []
-        effect = self._stop("round_over")
+        effect = self._stop(why)
         self.work = None
         return [effect]
 

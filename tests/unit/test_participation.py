@@ -295,6 +295,17 @@ def test_the_publishers_conditions_hold_while_it_trains() -> None:
     assert bench.machine.work is None
 
 
+def test_the_publishers_conditions_hold_before_it_trains() -> None:
+    """A device whose owner allows the battery is eligible, and still does not start a task that asks for mains."""
+    bench = Bench(facts=changed(FACTS, mains=False))
+    bench.machine.policy = changed(POLICY, mains=False)
+    message = RECORDS.message(RECORDS.manifest(conditions=Conditions(mains=True)))
+    assert "Train" not in kinds(bench.begin(message))
+    assert bench.machine.eligible
+    bench.facts = FACTS
+    assert "Train" in kinds(bench.after(31))
+
+
 def test_one_update_a_round() -> None:
     """After it is sent, the same round is not trained again, also after a re-issue; the next round is."""
     bench = Bench()
@@ -322,6 +333,27 @@ def test_a_round_that_closes_ends_its_training() -> None:
     effects = bench.offer(sequence=1, state=OfferState.CLOSED)
     assert [each.why for each in effects if isinstance(each, core.StopTraining)] == ["round_over"]
     assert "Train" in kinds(bench.offer(number=2))
+
+
+def test_a_newer_round_ends_the_training_for_an_older_one() -> None:
+    """A device that was away never hears that the older one closed."""
+    bench = Bench()
+    bench.begin()
+    effects = bench.offer(number=2)
+    assert [(each.round, each.why) for each in effects if isinstance(each, core.StopTraining)] == [(1, "round_over")]
+    assert [each.offer.round for each in effects if isinstance(each, core.Train)] == [2]
+
+
+def test_a_newer_manifest_ends_the_training_for_an_older_one() -> None:
+    """Its rounds begin anew, and none of them counts as done because of what was trained before."""
+    bench = Bench()
+    bench.begin(number=5)
+    second = RECORDS.message(RECORDS.manifest(version=2))
+    effects = bench.tell(core.ReleaseArrived("points", second))
+    assert [(each.round, each.why) for each in effects if isinstance(each, core.StopTraining)] == [(5, "superseded")]
+    assert "Train" in kinds(bench.offer(second))
+    (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
+    assert send.position == (2, 1)
 
 
 def test_starts_are_spread() -> None:

@@ -191,7 +191,7 @@ class Service:
         self._greeted, self._link_cause = True, ""
         tell(Event.LINK_UP, session_present=event.session_present, packet_max=event.packet_max)
         self._link.subscribe(RELEASE, self._topics.uploads(SHARD), self._topics.device_status("+"))
-        self._link.publish(self._topics.aggregator_status(SHARD), self._presence(online=True), retain=True)
+        self._send(self._topics.aggregator_status(SHARD), self._presence(online=True), retain=True)
         return self._coordinator.handle(core.LinkReady(fresh), now)
 
     def _decode(self, message: Message) -> core.Event:
@@ -231,6 +231,8 @@ class Service:
 
     def settle(self, event: ServiceEvent | Tick) -> None:
         """Acknowledge what came from the broker."""
+        # Numbers that no contribution took. Not sooner: one head may come twice in a batch, with a bad body and a good.
+        self._opened.clear()
         if isinstance(event, Message):
             self._link.acknowledge(event)
 
@@ -317,7 +319,6 @@ class Service:
             case core.Contribute():
                 self._contribute(effect)
             case core.Refuse(received=received):
-                self._opened.pop(received.digest, None)
                 self._refused[effect.reason.value] += 1
                 tell(
                     Event.UPDATE_REJECTED,
@@ -580,11 +581,14 @@ class _DenyList:
             return False
         try:
             stat = self._path.stat()
+            if (stat.st_mtime_ns, stat.st_size) != self._seen:
+                self._names = frozenset(self._path.read_text(encoding="utf-8").split())
+                self._seen = (stat.st_mtime_ns, stat.st_size)
         except FileNotFoundError:
             return False
-        if (stat.st_mtime_ns, stat.st_size) != self._seen:
-            self._names = frozenset(self._path.read_text(encoding="utf-8").split())
-            self._seen = (stat.st_mtime_ns, stat.st_size)
+        except (OSError, UnicodeDecodeError) as error:
+            # Nobody may count whom it might deny, so this ends the daemon and not just one update.
+            raise ConfigError(str(self._path), "trust.deny", f"cannot be read: {error}") from None
         return device in self._names
 
 

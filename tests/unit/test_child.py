@@ -179,6 +179,15 @@ def test_out_of_memory_is_an_answer(warm: Owner, job: Job, tmp_path: Path) -> No
     assert isinstance(warm.result(), Done)
 
 
+def test_its_memory_is_limited(warm: Owner, job: Job) -> None:
+    """The kernel holds the child to the memory that the owner of the device allows it."""
+    pid = warm.trainer.submit(job)
+    assert isinstance(warm.result(), Done)
+    limits = Path(f"/proc/{pid}/limits").read_text().splitlines()
+    (line,) = [each.split() for each in limits if each.startswith("Max data size")]
+    assert line[-3:-1] == [str(700 << 20)] * 2
+
+
 def test_large_job(warm: Owner, job: Job) -> None:
     """A job far above a pipe's capacity is handed over without waiting for the child."""
     layout = [TensorSpec(f"{'name' * 20}{i}", "parameter", "float32", [1]) for i in range(10_000)]

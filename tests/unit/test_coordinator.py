@@ -201,6 +201,18 @@ def test_a_round_opens_when_enough_are_there() -> None:
     assert (offer.state, offer.round, offer.clip) == (OfferState.OPEN, 1, 10.0)
 
 
+def test_no_round_opens_after_the_manifest_expired() -> None:
+    """Its term ends training; what is open still closes, and nothing opens on the new release."""
+    bench = Bench()
+    bench.begin()
+    bench.now = later(RECORDS.manifest().expires - NOW.utc)
+    bench.tell(*(core.StatusReceived(device, status(sent=int(bench.now.utc))) for device in "abc"))
+    for device in "abc":
+        bench.update(device)
+    assert only(bench.reduce(), core.OpenRound) == []
+    assert bench.machine.tasks["points"].phase == "waiting"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -300,6 +312,24 @@ def test_participation_rises_when_the_selected_go_away() -> None:
     trust.continues(bench.offer, before)
     assert sum(current.selected(device) for device in devices) == 4
     assert bench.tell(core.StatusReceived(devices[0], status())) == []
+
+
+def test_a_selected_device_that_never_delivers_does_not_stop_the_round() -> None:
+    """It is there and says that it would train: each extension asks more of the others."""
+    bench = Bench()
+    devices = [f"dev-{number}" for number in range(20)]
+    bench.tell(core.LinkReady(True), *(core.StatusReceived(device, status()) for device in devices))
+    bench.tell(core.ReleaseReceived(RECORDS.message()))
+    current = bench.machine.tasks["points"].round
+    assert current is not None
+    asked = []
+    for wait in (60, 60, 120, 240):
+        before = bench.offer
+        asked.append(sum(current.selected(device) for device in devices))
+        bench.after(wait)
+        trust.continues(bench.offer, before)
+        assert bench.offer.participation == current.participation
+    assert asked == [3, 6, 12, 20]
 
 
 # -- updates -----------------------------------------------------------------------------------------------------
@@ -411,8 +441,23 @@ def test_an_update_that_opens_after_the_closing_is_late() -> None:
     bench.tell(core.StatusReceived("d", status()), late)
     for device in "abc":
         bench.update(device)
-    effects = bench.tell(core.UpdateOpened(late, BODY))
+    (recall,) = bench.tell(core.UpdateOpened(late, BODY))
+    assert isinstance(recall, core.Recall)
+    effects = bench.tell(core.HeadRecalled(late, None))
     assert [each.outcome for each in receipts(effects)] == [Outcome.LATE]
+
+
+def test_a_head_that_comes_twice_in_the_batch_that_closes_is_not_late() -> None:
+    """The link was cut and the broker sent it again: what it is told is what the store says, not that it is late."""
+    bench = Bench()
+    bench.begin()
+    bench.update("a")
+    bench.update("b")
+    last, again = bench.head("c"), bench.head("c")
+    bench.tell(last, again)
+    effects = bench.tell(core.UpdateOpened(last, BODY), core.UpdateOpened(again, BODY))
+    assert [each.outcome for each in receipts(effects)] == [Outcome.ACCEPTED]
+    assert isinstance(effects[-1], core.Recall)
 
 
 # -- restarts ----------------------------------------------------------------------------------------------------
@@ -464,6 +509,20 @@ def test_a_session_that_the_broker_kept_needs_nothing() -> None:
     bench.begin()
     assert bench.tell(core.LinkReady(False)) == []
     assert [type(each) for each in bench.tell(core.LinkReady(True))] == [core.PublishRelease, core.PublishOffer]
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_a_manifest_that_comes_while_a_round_is_reduced(spoilt: bool) -> None:
+    """After a restart both may be in one batch: what was reduced belongs to nothing any more, and nothing breaks."""
+    bench = Bench()
+    bench.begin()
+    for device in "abc":
+        bench.update(device)
+    bench.tell(core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=2))))
+    before = bench.offer
+    found = core.RoundSpoilt("points", 1) if spoilt else core.RoundReduced("points", 1, BlobRef(bytes(32), 1), {})
+    assert bench.tell(found) == []
+    assert (bench.offer, bench.machine.tasks["points"].release.number) == (before, 0)
 
 
 def test_reducing_a_round_that_is_not_closing_is_our_bug() -> None:

@@ -3,6 +3,8 @@
 from functools import cache
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,3 +101,30 @@ def test_an_encapsulation_of_any_length() -> None:
     """Junk of any length is refused, not crashed on."""
     for size in (1, 32, 79, 81, 4096):
         refused(sealed(256)[1], bytes(size))
+
+
+FROZEN = (
+    "505cd6f7dc81bba6bf6c41bad0952025154c1626a94ca0e58131fb62b44a456b",
+    "9d7dccf017440b88d05c8bf394a7fa77eabd8bea8b49326c16447b2669fc3f165e12cd455235f03e8a356c7392ebe992"
+    "96d78f395cc1b083ac86f8e4861e4dff56fccce476d9b949ae5ab4ca238b0d2a",
+    "1ea27d6e8f4578a47740baff68f6c7e15d0b0ebc98f69d6c630d70ce1e13be67fb14a450db98444bf167afc1d0dbdfd3"
+    "c0dd83bf612cbb5ec8e2e6c902b608962245749502e40b4f3761",
+)
+"""A round's private key, and encapsulation and ciphertext of HEADER with the delta 0 1 2 3, for CONTEXT."""
+
+
+def test_a_frozen_body_opens() -> None:
+    """Protocol version 1 seals like this: a body of a device in the field opens, so no domain or binding is lost."""
+    private, encapsulation, ciphertext = map(bytes.fromhex, FROZEN)
+    header, delta = sealing.open_sealed(private, encapsulation, ciphertext, CONTEXT)
+    assert (header, bytes(delta)) == (HEADER, bytes(range(4)))
+
+
+@pytest.mark.parametrize("length", [2**32 - 1, sealing.HEADER_MAX + 1, 101])
+def test_a_header_length_that_lies(length: int) -> None:
+    """A header longer than its limit, or than what is there, is refused though a device sealed it so."""
+    key = AESGCM.generate_key(256)
+    encapsulation = sealing._SUITE.encrypt(key, X25519PublicKey.from_public_bytes(keys()[1]), sealing._INFO + CONTEXT)
+    plain = length.to_bytes(4, "big") + bytes(100 if length == 101 else 20_000)
+    ciphertext = AESGCM(key).encrypt(sealing._nonce(0, 1), plain, sealing._aad(CONTEXT, encapsulation))
+    refused(ciphertext, encapsulation)

@@ -70,6 +70,15 @@ def test_a_signature_is_for_one_kind_of_record() -> None:
     assert signing.verify(signed, RoundOffer, Role.AGGREGATOR, keys).round == 1
 
 
+def test_a_frozen_signature() -> None:
+    """Protocol version 1 signs exactly these bytes, domain included: Ed25519 has one signature for each message."""
+    receipt = Receipt(1, bytes(32), "points", 1, "a", Outcome.ACCEPTED, "")
+    assert signing.sign(receipt, Role.AGGREGATOR, key(3)).sig.hex() == (
+        "344cddccee006d099cadf8b74c858823cb5c014632d6fae8375d0c5c21662ec4"
+        "bebbd8e0b047f74ca0cdcb78a4151100b4fa0156368b8395accd819a7626d609"
+    )
+
+
 def test_roles_are_kept_apart() -> None:
     """The aggregator signs no manifest and no release 0, the publisher no later release."""
     by_aggregator = signing.sign(MANIFEST, Role.AGGREGATOR, RECORDS.aggregator)
@@ -81,6 +90,13 @@ def test_roles_are_kept_apart() -> None:
     assert refused(lambda: RECORDS.trust.release(first, MESSAGE.manifest, MANIFEST)) is Reason.WRONG_ROLE
     later = signing.sign(structs.replace(release, number=1), Role.PUBLISHER, RECORDS.publisher)
     assert refused(lambda: RECORDS.trust.release(later, MESSAGE.manifest, MANIFEST)) is Reason.WRONG_ROLE
+
+
+def test_the_root_key_signs_no_manifest() -> None:
+    """The root names publishers; it is none itself, whatever role it claims."""
+    root = Records(root_key=key(3))
+    by_root = signing.sign(MANIFEST, Role.PUBLISHER, key(3))
+    assert refused(lambda: root.trust.manifest(by_root, NOW.utc)) is Reason.UNKNOWN_KEY
 
 
 def test_a_key_signs_only_what_its_uses_say() -> None:

@@ -84,6 +84,19 @@ def test_everything_else_is_refused(spoil: Callable[[bytes], bytes], reason: Rea
     assert refused(spoil(wire.pack(STATUS))) is reason
 
 
+def test_a_bomb_of_empty_maps_is_defused() -> None:
+    """Values that cost far more decoded than as bytes are counted while they are decoded, nested ones too."""
+    inner = b"\xdd" + (90_000).to_bytes(4, "big") + b"\x80" * 90_000
+    assert refused(b"\x9c" + inner * 12) is Reason.TOO_LARGE
+
+
+def test_collections_and_texts_are_bounded() -> None:
+    """A long list, map or text is refused for its length, before anything is made of it."""
+    assert refused(msgpack.packb([0] * 100_001)) is Reason.NOT_MSGPACK
+    assert refused(msgpack.packb(dict.fromkeys(range(100_001), 0))) is Reason.NOT_MSGPACK
+    assert refused(msgpack.packb("x" * 65_537)) is Reason.NOT_MSGPACK
+
+
 def test_size_is_looked_at_first() -> None:
     """What is above the limit is not decoded at all."""
     data = wire.pack(STATUS)

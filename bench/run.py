@@ -105,7 +105,9 @@ def _commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True).stdout.strip()
 
-    return (git("rev-parse", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain") else "")
+    # The page that this command writes is no change of what it measures.
+    changed = git("status", "--porcelain", "--", ".", f":!{PUBLISHED.relative_to(ROOT)}")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
 def _machine() -> dict[str, object]:
@@ -135,7 +137,7 @@ def _page(text: str, about: dict[str, object]) -> str:
 Written by `make bench ARGS=--publish`; [bench/README.md](../bench/README.md) tells what is measured and left out.
 Medians, with the least and the greatest of `n` measurements; "reached" compares the median with the goal.
 
-Commit {str(about["commit"])[:12]}, {about["date"]}; {machine["cpu"]}, {machine["cores"]} cores, \
+Commit {about["commit"]}, {about["date"]}; {machine["cpu"]}, {machine["cores"]} cores, \
 {machine["memory_gb"]} GB, {machine["system"]}; load average before: {about["load_before"]:.1f}.
 {library}.
 

@@ -18,6 +18,7 @@ from shared import events, signing, tensors
 from shared.errors import LocalProtocolError, Reason, RemoteProtocolError
 from shared.machine import Instant, Tick
 from shared.messages import (
+    PARTICIPATION_ALL,
     BlobRef,
     DeviceStatus,
     Metrics,
@@ -108,6 +109,7 @@ class RoundReduced:
     """A closing round's new weights lie in the blobs; `metrics` are what its updates reported of the parent."""
 
     task: str
+    manifest_version: int
     number: int
     weights: BlobRef
     metrics: Metrics
@@ -118,6 +120,7 @@ class RoundSpoilt:
     """A closing round's mean makes no weights (a value overflows)."""
 
     task: str
+    manifest_version: int
     number: int
 
 
@@ -362,9 +365,8 @@ class Coordinator:
                 return self._head_recalled(received, outcome)
             case RoundReduced():
                 return self._round_reduced(event, now)
-            case RoundSpoilt(task=name):
-                task = self.tasks[name]
-                return self._abandon(task, "rejected_by_gate") + self._go_on(task, now)
+            case RoundSpoilt():
+                return self._round_spoilt(event, now)
             case Tick():
                 return self._deadlines(now)
             case _:
@@ -447,7 +449,9 @@ class Coordinator:
     def _widen(self, task: Task, gone: str, now: Instant) -> list[Effect]:
         """Select others at once when a selected device goes away."""
         current = task.round
-        if current is None or gone in current.accepted or not current.selected(gone):
+        if current is None or current.participation >= PARTICIPATION_ALL:
+            return []
+        if gone in current.accepted or not current.selected(gone):
             return []
         wider = current.wider(self.live(task, now))
         if wider <= current.participation:
@@ -536,7 +540,13 @@ class Coordinator:
                 effects += self._close(task)
             else:
                 seconds = current.extend(now.mono)
-                effects += self._revise(task, deadline=int(now.utc + seconds), told=events.Event.ROUND_EXTENDED)
+                current.participation = current.wider(self.live(task, now))
+                effects += self._revise(
+                    task,
+                    participation=current.participation,
+                    deadline=int(now.utc + seconds),
+                    told=events.Event.ROUND_EXTENDED,
+                )
         return effects
 
     def _close(self, task: Task) -> list[Effect]:
@@ -547,9 +557,9 @@ class Coordinator:
 
     def _round_reduced(self, event: RoundReduced, now: Instant) -> list[Effect]:
         task = self.tasks[event.task]
-        closed = task.closing
-        if closed is None or closed.number != event.number:
-            raise LocalProtocolError(f"round {event.number} of {event.task} was reduced but is not closing")
+        closed = self._closing(event)
+        if closed is None:
+            return []
         release = Release(
             v=1,
             task=event.task,
@@ -572,6 +582,19 @@ class Coordinator:
             PublishRelease(event.task, release.number, announce=True),
         ]
         return effects + self._go_on(task, now)
+
+    def _round_spoilt(self, event: RoundSpoilt, now: Instant) -> list[Effect]:
+        task = self.tasks[event.task]
+        return self._abandon(task, "rejected_by_gate") + self._go_on(task, now) if self._closing(event) else []
+
+    def _closing(self, event: RoundReduced | RoundSpoilt) -> Round | None:
+        """The round that was reduced; None if a newer manifest came in the same batch and ended it."""
+        task = self.tasks[event.task]
+        if task.manifest.version != event.manifest_version:
+            return None
+        if task.closing is None or task.closing.number != event.number:
+            raise LocalProtocolError(f"round {event.number} of {event.task} was reduced but is not closing")
+        return task.closing
 
     def _go_on(self, task: Task, now: Instant) -> list[Effect]:
         """After a round: the next one, or the end of the plan."""
@@ -621,7 +644,8 @@ class Coordinator:
         if received.context.manifest != signing.digest(task.manifest_signed):
             return self._refuse(received, Outcome.SUPERSEDED, Reason.WRONG_MANIFEST, "another manifest came meanwhile")
         if current is None or current.number != received.context.round:
-            return self._refuse(received, Outcome.LATE, Reason.LATE, "the round closed meanwhile")
+            # Closed meanwhile, perhaps by this very head: the broker may have sent it twice.
+            return [Recall(received, task.manifest.version)]
         outcome = current.judge(received.context.device, received.digest)
         if outcome is Outcome.ACCEPTED:
             return [self._reply(received, outcome)]

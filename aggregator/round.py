@@ -53,8 +53,11 @@ class Round:
 
     @property
     def want(self) -> int:
-        """Devices to select: the goal and some more, because some will not deliver."""
-        return math.ceil(self.plan.goal * self.plan.over_select)
+        """Devices to select: the goal and some more, because some will not deliver; twice as many at each extension.
+
+        So devices that are there and never deliver cannot hold a round up for ever.
+        """
+        return math.ceil(self.plan.goal * self.plan.over_select) << min(self.extensions, 32)
 
     def wider(self, live: set[str]) -> int:
         """The participation that selects `want` devices of those live now or done already; never below today's."""

@@ -400,11 +400,12 @@ class Service:
                 reason=error.reason.value,
                 detail=error.detail,
             )
-            return core.RoundSpoilt(manifest.task, effect.number)
+            return core.RoundSpoilt(manifest.task, manifest.version, effect.number)
         name = self._blobs.put(weights)
         rows = self._store.contributions(manifest.task, manifest.version, effect.number)
         metrics = validate.pooled([(row.metrics, row.holdout) for row in rows])
-        return core.RoundReduced(manifest.task, effect.number, BlobRef(sha256=name, size=len(weights)), metrics)
+        weights_ref = BlobRef(sha256=name, size=len(weights))
+        return core.RoundReduced(manifest.task, manifest.version, effect.number, weights_ref, metrics)
 
     def _forget_round(self, task: str, version: int, number: int) -> None:
         self._folds.pop((task, version, number), None)

@@ -117,7 +117,7 @@ class Bench:
         assert closing is not None
         blob = weights(float(closing.number))
         ref = BlobRef(sha256(blob).digest(), len(blob))
-        return self.tell(core.RoundReduced("points", closing.number, ref, {"loss": 1.0}))
+        return self.tell(core.RoundReduced("points", closing.manifest_version, closing.number, ref, {"loss": 1.0}))
 
 
 def only(effects: list[Effect], kind: type[Effect]) -> list[Effect]:
@@ -496,7 +496,7 @@ def test_a_mean_that_makes_no_weights_ends_its_round() -> None:
     for number in (1, 2):
         for device in "abc":
             bench.update(device)
-        effects = bench.tell(core.RoundSpoilt("points", number))
+        effects = bench.tell(core.RoundSpoilt("points", 1, number))
         assert [each.how for each in effects if isinstance(each, core.AbandonRound)] == ["rejected_by_gate"]
     assert isinstance(effects[-1], core.FinishTask)
     assert bench.offer.state is OfferState.FINISHED
@@ -520,7 +520,8 @@ def test_a_manifest_that_comes_while_a_round_is_reduced(spoilt: bool) -> None:
         bench.update(device)
     bench.tell(core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=2))))
     before = bench.offer
-    found = core.RoundSpoilt("points", 1) if spoilt else core.RoundReduced("points", 1, BlobRef(bytes(32), 1), {})
+    reduced = core.RoundReduced("points", 1, 1, BlobRef(bytes(32), 1), {})
+    found = core.RoundSpoilt("points", 1, 1) if spoilt else reduced
     assert bench.tell(found) == []
     assert (bench.offer, bench.machine.tasks["points"].release.number) == (before, 0)
 
@@ -530,7 +531,7 @@ def test_reducing_a_round_that_is_not_closing_is_our_bug() -> None:
     bench = Bench()
     bench.begin()
     with pytest.raises(LocalProtocolError):
-        bench.tell(core.RoundReduced("points", 1, BlobRef(bytes(32), 1), {}))
+        bench.tell(core.RoundReduced("points", 1, 1, BlobRef(bytes(32), 1), {}))
 
 
 class Rounds(RuleBasedStateMachine):

@@ -41,6 +41,7 @@ def site(fleet: Fleet, broker: Broker) -> Iterator[Site]:
     made = make_site(fleet)
     try:
         yield made
+        made.audit()
         assert made.daemon.pid
     finally:
         code = made.daemon.stop()

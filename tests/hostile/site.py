@@ -130,11 +130,22 @@ class Site:
         return signing.verify(signed, Receipt, Role.AGGREGATOR, [signing.public_bytes(self.keys.aggregator)])
 
     def retained(self) -> dict[str, bytes]:
-        """All that the broker keeps of models, as a device sees it."""
-        self._watcher.fence()
-        # Asking again brings what is retained again.
-        assert self._watcher.subscribe("models/#") < 128
-        return dict(self._watcher.fence())
+        """All that the broker keeps of models, as a device sees it, once it is what the aggregator has stored."""
+        newest = "SELECT task, offer, MAX(manifest_version * 1000000 + round) FROM rounds GROUP BY task"
+        offers = {f"models/{task}/round": offer for task, offer, _ in self._query(newest)}
+
+        def found() -> dict[str, bytes] | None:
+            self._watcher.fence()
+            # Asking again brings what is retained again.
+            assert self._watcher.subscribe("models/#") < 128
+            kept = dict(self._watcher.fence())
+            return kept if all(kept.get(topic) == offer for topic, offer in offers.items()) else None
+
+        return until(found, "the newest offers on the broker")
+
+    def _query(self, text: str) -> list[Any]:
+        with sqlite3.connect(f"file:{self._state}/aggregator.db?mode=ro", uri=True) as database:
+            return list(database.execute(text))
 
     def offer(self, task: str) -> RoundOffer:
         """The newest offer of a task, believed as a device believes it."""
@@ -163,30 +174,32 @@ class Site:
         assert self._fence.publish(f"fl/dev/{FENCE}/status", b"\xc0") < 128
         self.daemon.wait("message.refused", start, topic=f"fl/dev/{FENCE}/status")
 
-    def counters(self) -> tuple[Counter[str], Counter[str]]:
-        """(refused by reason, the other counters) as `aggregator status` reads them; the fence's own are left out.
+    def audit(self) -> None:
+        """The counters that `aggregator status` shows are those of the log: no line without its count, nor the reverse.
 
-        Since the daemon's start, each line about something refused is one count, and no count is without its line.
+        The file lags a second behind, so this is asked once and not after each case.
         """
         self.fence()
         lines = self.daemon.read()
-        started = max(number for number, line in enumerate(lines) if line["event"] == "daemon.started")
-        told = [line for line in lines[started:] if line["event"] in ("message.refused", "update.rejected")]
+        lines = lines[max(number for number, line in enumerate(lines) if line["event"] == "daemon.started") :]
+        refused = Counter(each["reason"] for each in lines if each["event"] in ("message.refused", "update.rejected"))
+        events = Counter(line["event"] for line in lines)
 
-        def shown() -> dict[str, Any] | None:
+        def shown() -> Counter[str] | None:
             found: dict[str, Any] = json.loads((self._state / "status.json").read_text())
-            return found if Counter(found["refused"]) == Counter(line["reason"] for line in told) else None
+            return Counter(found["counts"]) if Counter(found["refused"]) == refused else None
 
-        found = until(shown, "the counters of what the log tells")
-        refused = Counter(found["refused"])
-        refused["wrong_type"] -= sum(FENCE in line.get("topic", "") for line in told)
-        return +refused, Counter(found["counts"])
+        counts = until(shown, f"a status file that counts {refused}")
+        assert counts["updates_accepted"] == events["update.accepted"]
+        assert counts["releases_adopted"] == events["task.adopted"]
+        assert counts["rounds_released"] == events["round.closed"]
+        assert counts["publish_refused"] == 0
 
     def snapshot(self) -> "Snapshot":
-        """All that lasts."""
-        with sqlite3.connect(f"file:{self._state}/aggregator.db?mode=ro", uri=True) as database:
-            tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type='table'")]
-            rows = {table: sorted(map(repr, database.execute(f'SELECT * FROM "{table}"'))) for table in tables}
+        """All that lasts, once everything that was sent before has been dealt with."""
+        self.fence()
+        tables = [name for (name,) in self._query("SELECT name FROM sqlite_master WHERE type='table'")]
+        rows = {table: sorted(map(repr, self._query(f'SELECT * FROM "{table}"'))) for table in tables}
         files = sorted(path for folder in ("keys", "blobs") for path in (self._state / folder).iterdir())
         return Snapshot(rows, files, self.retained())
 

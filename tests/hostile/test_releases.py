@@ -11,7 +11,7 @@ from tests.hostile.site import Site
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_release(site: Site, case: str) -> None:
-    """It is refused with its reason in one line and one count, nothing changes, and the aggregator serves on."""
+    """It is refused with its reason in one line, nothing changes, and the aggregator serves on."""
     make, reason = BAD[case]
     made = make(site.keys)
     refuses(site, made if isinstance(made, bytes) else wire.pack(made), reason)
@@ -25,13 +25,11 @@ def test_junk(site: Site, junk: str) -> None:
 
 def refuses(site: Site, payload: bytes, reason: str) -> None:
     """Publish something bad and look at everything."""
-    before, (refused, counts) = site.snapshot(), site.counters()
+    before = site.snapshot()
     lines = site.provoke(lambda: site.publish(payload))
     assert [(line["event"], line["topic"], line["reason"]) for line in lines] == [
         ("message.refused", "models/release", reason)
     ]
-    after = site.counters()
-    assert (after[0] - refused, after[1]) == ({reason: 1}, counts)
     assert site.snapshot() == before
     site.accepts()
 
@@ -50,6 +48,7 @@ def test_retained_junk(site: Site) -> None:
     """Junk that stays on the topic is refused each time the aggregator comes, and a good release still gets through."""
     site.publish(b"junk", retain=True)
     start = len(site.daemon.read())
+    site.audit()
     site.daemon.stop()
     site.daemon.start()
     site.daemon.wait("message.refused", start, topic="models/release", reason="not_msgpack")

@@ -1,8 +1,12 @@
 """The aggregator's shell without a broker: what a burst of messages in one batch does to it."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from msgspec import structs
@@ -12,8 +16,8 @@ from aggregator import config as settings
 from aggregator.service import Service
 from shared import identity, wire
 from shared.driver import read_clock
-from shared.errors import ConfigError
-from shared.messages import RoundOffer
+from shared.errors import ConfigError, Reason
+from shared.messages import Plan, RoundOffer
 from shared.mqtt import LinkUp, Message
 from shared.topics import RELEASE, Topics
 from tests.hostile import records
@@ -23,16 +27,20 @@ from tests.hostile.site import status
 TASK = "points"
 
 
+def bundle(folder: Path, name: str, now: float) -> Device:
+    """A device of the fleet."""
+    ca.add_device(folder / "fleet", name, folder / name, now=now, passphrase=None)
+    certificate = identity.load_certificate(folder / name / "device.crt").public_bytes(Encoding.DER)
+    return Device(name, certificate, identity.load_key(folder / name / "device.key"))
+
+
 class Bench:
     """A service in a folder, with an open round for `device`; its link never starts, so what it sends waits."""
 
     def __init__(self, folder: Path) -> None:
         now = read_clock()
         ca.init_fleet(folder / "fleet", "test", ["localhost"], now=now.utc, passphrase=None)
-        ca.add_device(folder / "fleet", "sensor-1", folder / "sensor-1", now=now.utc, passphrase=None)
-        certificate = identity.load_certificate(folder / "sensor-1" / "device.crt")
-        key = identity.load_key(folder / "sensor-1" / "device.key")
-        self.device = Device("sensor-1", certificate.public_bytes(Encoding.DER), key)
+        self.device, self.other = (bundle(folder, name, now.utc) for name in ("sensor-1", "sensor-2"))
         self.deny = folder / "denied"
         loaded = settings.load(folder / "fleet" / "aggregator" / "aggregator.toml", {})
         loaded = structs.replace(
@@ -42,17 +50,18 @@ class Bench:
         )
         self.service = Service(loaded, now)
         self.topics = Topics(loaded.broker.prefix)
-        keys = records.Keys(
+        self._keys = records.Keys(
             identity.load_signing_key(folder / "fleet" / "publisher" / "publisher.key"),
             identity.load_signing_key(folder / "fleet" / "aggregator" / "signing.key"),
             identity.load_signing_key(folder / "fleet" / "root" / "root.key"),
         )
-        message = records.release(keys, records.manifest(keys, TASK))
-        self.batch(
-            LinkUp(False, None),
-            self.message(RELEASE, wire.pack(message)),
-            self.message(self.topics.device_status("sensor-1"), wire.pack(status())),
-        )
+        self.batch(LinkUp(False, None), self.message(self.topics.device_status("sensor-1"), wire.pack(status())))
+        self.adopt(1)
+
+    def adopt(self, version: int, **changes: Any) -> None:
+        """A publisher's next manifest arrives."""
+        message = records.release(self._keys, records.manifest(self._keys, TASK, version, **changes))
+        self.batch(self.message(RELEASE, wire.pack(message)))
 
     def message(self, topic: str, payload: bytes) -> Message:
         """As the link hands it over."""
@@ -64,9 +73,9 @@ class Bench:
             self.service.mailbox.post(event)  # type: ignore[arg-type]
         assert self.service._driver.turn(0.0)
 
-    def sent(self, update: Update) -> Message:
-        """An update on its topic."""
-        return self.message(self.topics.head(0, self.device.name, update.name), update.payload)
+    def sent(self, update: Update, by: Device | None = None) -> Message:
+        """An update on the topic of its device."""
+        return self.message(self.topics.head(0, (by or self.device).name, update.name), update.payload)
 
     @property
     def offer(self) -> RoundOffer:
@@ -116,3 +125,87 @@ def test_a_deny_list_that_cannot_be_read_denies_nobody_by_mistake(bench: Bench, 
     with pytest.raises(ConfigError) as caught:
         bench.batch(bench.sent(records.update(bench.device, bench.offer)))
     assert (caught.value.path, caught.value.key) == (str(bench.deny), "trust.deny")
+
+
+# -- each guard of an update, without a broker between -----------------------------------------------------------
+
+
+def spike(value: float) -> bytes:
+    """A delta with one odd value."""
+    return np.array([value] + [0.0] * (records.DIMENSION - 1), "<f4").tobytes()
+
+
+SPOILT: dict[str, tuple[Callable[[Bench], Update], Reason]] = {
+    "another signature": (
+        lambda b: replace(good := records.update(b.device, b.offer), signature=records.flip(good.signature, -1)),
+        Reason.BAD_SIGNATURE,
+    ),
+    "another device's certificate": (
+        lambda b: records.update(replace(b.device, certificate=b.other.certificate), b.offer),
+        Reason.WRONG_DEVICE,
+    ),
+    "another device's name": (
+        lambda b: records.update(b.device, b.offer, context={"device": b.other.name}),
+        Reason.WRONG_DEVICE,
+    ),
+    "a dimension that lies": (
+        lambda b: records.update(b.device, b.offer, context={"dimension": records.DIMENSION + 1}),
+        Reason.WRONG_DIMENSION,
+    ),
+    "a body far too large": (
+        lambda b: records.update(b.device, b.offer, delta=bytes(1 << 20)),
+        Reason.TOO_LARGE,
+    ),
+    "another body": (
+        lambda b: replace(good := records.update(b.device, b.offer), body=records.flip(good.body or b"", 9)),
+        Reason.WRONG_DIGEST,
+    ),
+    "an encapsulation of another": (
+        lambda b: records.update(b.device, b.offer, spoil=("encapsulation", 3)),
+        Reason.SEALED_BADLY,
+    ),
+    "not a number": (lambda b: records.update(b.device, b.offer, delta=spike(math.nan)), Reason.NOT_FINITE),
+    "more than the clip": (
+        lambda b: records.update(b.device, b.offer, delta=spike(records.CLIP * 1.01)),
+        Reason.NORM,
+    ),
+    "a metric of nobody": (
+        lambda b: records.update(b.device, b.offer, report=records.body(metrics={"fun": 1.0})),
+        Reason.METRICS,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_update_does_not_count(bench: Bench, case: str) -> None:
+    """It is refused with its reason and leaves nothing behind; a good one of the same device counts after it."""
+    make, reason = SPOILT[case]
+    bench.batch(bench.sent(make(bench)))
+    assert bench.service._refused == {reason.value: 1}
+    assert (bench.updates, bench.service._opened) == (0, {})
+    bench.batch(bench.sent(records.update(bench.device, bench.offer)))
+    assert bench.updates == 1
+
+
+def test_a_denied_device_does_not_count(bench: Bench) -> None:
+    """The deny list is stronger than a good certificate and a good signature."""
+    bench.deny.write_text("sensor-1\n")
+    bench.batch(bench.sent(records.update(bench.device, bench.offer)))
+    assert bench.service._refused == {"denied": 1}
+    assert bench.updates == 0
+
+
+def test_a_round_that_is_over_is_recalled(bench: Bench) -> None:
+    """The head that counted stays accepted, another one of its device is a duplicate, one of another device late."""
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600))
+    offered = bench.offer
+    good = records.update(bench.device, offered)
+    bench.batch(bench.sent(good))
+    assert bench.offer.round == offered.round + 1
+    bench.batch(bench.sent(good))
+    assert bench.service._refused == {}
+    bench.batch(bench.sent(records.update(bench.device, offered, delta=spike(0.5))))
+    assert bench.service._refused == {"duplicate": 1}
+    bench.batch(bench.sent(records.update(bench.other, offered), bench.other))
+    assert bench.service._refused == {"duplicate": 1, "late": 1}
+    assert bench.updates == 0

@@ -92,7 +92,12 @@ class Sensed:
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """Look at the device now: a calendar window opened or closed, the operator spoke, or the clock jumped."""
+    """Look at the device now: a calendar window opened or closed, or the operator spoke."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClockSet:
+    """The wall clock jumped: look at the device now, and what was said with a time has to be said again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,7 @@ Event = (
     | ReceiptArrived
     | Sensed
     | Wake
+    | ClockSet
     | TrainerTold
     | TrainerGone
     | Tick
@@ -373,6 +379,9 @@ class Participation:
                 return self._sensed(facts, now)
             case Wake():
                 return [self._sense()]
+            case ClockSet():
+                self._said = None
+                return [self._sense()]
             case TrainerTold(message=message):
                 return self._trainer_told(message, now)
             case TrainerGone(cause=cause, detail=detail):
@@ -396,6 +405,8 @@ class Participation:
             effects.append(RestTrainer())
         if self._refresh_at is not None and self._refresh_at <= now.mono:
             self._said = None
+            # They may have been mended since, and only a round can tell.
+            self._bad_data.clear()
         return effects
 
     # -- records --

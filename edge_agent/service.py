@@ -153,6 +153,7 @@ class Service:
         """Decode what is still bytes or somebody's question, then let the participation decide."""
         if self._schedule.watch(now):
             tell(Event.CLOCK_JUMPED)
+            self.mailbox.post(core.ClockSet())
         match event:
             case Message():
                 return self._message(event, now)

@@ -485,6 +485,24 @@ def test_the_status_is_said_again_before_it_ages() -> None:
     assert 4 <= len(said) <= 6
 
 
+def test_the_status_is_said_again_when_the_clock_was_set() -> None:
+    """A board that booted in the past said so with its birth, and such an old word counts for nothing."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick())
+    assert kinds(bench.tell(core.ClockSet())) == ["PublishStatus"]
+
+
+def test_mended_data_are_offered_again_without_a_training() -> None:
+    """While the aggregator waits for this very device no round opens in which it could prove them good."""
+    bench = Bench()
+    bench.begin()
+    assert bench.machine.work is not None
+    bench.tell(core.TrainerTold(Failed(bench.machine.work.id, "data", "x.npz: row 3: NaN")))
+    bench.offer(sequence=1, state=OfferState.CLOSED)
+    said = [each for each in bench.after(6 * 3600) if isinstance(each, core.PublishStatus)]
+    assert [each.datasets for each in said] == [("points",)]
+
+
 def test_nothing_is_said_while_the_broker_is_away() -> None:
     """And everything when it is back."""
     bench = Bench()

@@ -380,7 +380,12 @@ class Service:
             seconds=done.seconds,
             **{f"metric_{name}": value for name, value in done.metrics.items()},
         )
-        body = self._body(effect.id).read_bytes()
+        try:
+            body = self._body(effect.id).read_bytes()
+        except OSError as error:
+            self._counts["training_failed"] += 1
+            tell(Event.TRAINING_FAILED, task=effect.task, round=effect.round, reason="storage", detail=error.strerror)
+            return
         signature = identity.sign_head(self._key, effect.head)
         message = wire.pack(UpdateMessage(v=1, head=effect.head, sig=signature, body=body))
         topic = self._topics.head(shard(self._device, effect.shards), self._device, effect.digest.hex()[:32])

@@ -1,0 +1,45 @@
+"""The agent's shell without a broker and without a trainer: what must not end it."""
+
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+
+from aggregator import ca
+from edge_agent import config as settings
+from edge_agent import participation as core
+from edge_agent.jobs import Done
+from edge_agent.service import Service, Stop
+from shared.driver import read_clock
+from shared.machine import Instant
+
+NOW = Instant(1_000.0, 1_800_000_000.0)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    """An agent of a fresh fleet that was never started."""
+    now = read_clock()
+    ca.init_fleet(tmp_path / "fleet", "test", ["localhost"], now=now.utc, passphrase=None)
+    ca.add_device(tmp_path / "fleet", "sensor-1", tmp_path / "bundle", now=now.utc, passphrase=None)
+    found = settings.load(tmp_path / "bundle" / "agent.toml", {})
+    device = structs.replace(found.device, state_dir=tmp_path / "state", run_dir=tmp_path / "run")
+    return Service(structs.replace(found, device=device), now)
+
+
+def test_a_result_whose_body_is_gone_is_a_failure_and_not_the_end(service: Service) -> None:
+    """The trainer's word is not the file: a full or broken disk costs the update and never the agent."""
+    done = Done("job", bytes(80), 100, bytes(32), 40, 10, 10, {"loss": 1.0}, 0.5, 1.0, 1.0, 1.0, 1)
+    effect = core.SendUpdate("job", "points", 1, (1, 1), b"head", bytes(32), 1, done)
+    assert list(service.perform(effect)) == []
+    assert service._counts["training_failed"] == 1
+    assert service._counts["updates_sent"] == 0
+
+
+def test_a_clock_that_was_set_is_looked_into(service: Service) -> None:
+    """The calendar and every word with a time in it depend on it."""
+    service._schedule.start(NOW)
+    service.handle(Stop(15), Instant(NOW.mono + 1, NOW.utc + 1))
+    assert service.mailbox.take(0.0) == []
+    service.handle(Stop(15), Instant(NOW.mono + 2, NOW.utc + 86_400))
+    assert service.mailbox.take(0.0) == [core.ClockSet()]

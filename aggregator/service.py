@@ -202,7 +202,7 @@ class Service:
             return core.ReleaseReceived(wire.unpack(message.payload, ReleaseMessage, limit))
         if message.topic.startswith(f"{self._topics.prefix}/dev/"):
             device = self._topics.parse_device_status(message.topic)
-            if not message.payload:
+            if not message.payload or self._deny.has(device):
                 return core.StatusReceived(device, None)
             return core.StatusReceived(device, wire.unpack(message.payload, DeviceStatus, 65_536))
         return self._decode_head(message, limit)

@@ -209,3 +209,22 @@ def test_a_round_that_is_over_is_recalled(bench: Bench) -> None:
     bench.batch(bench.sent(records.update(bench.other, offered), bench.other))
     assert bench.service._refused == {"duplicate": 1, "late": 1}
     assert bench.updates == 0
+
+
+def test_a_denied_device_is_not_waited_for(bench: Bench) -> None:
+    """Its word that it would train counts for nothing: it must not open a round that it can only starve."""
+    task = bench.service._coordinator.tasks[TASK]
+    said = bench.message(bench.topics.device_status("sensor-1"), wire.pack(status()))
+    bench.batch(said)
+    assert task.live == {"sensor-1"}
+    bench.deny.write_text("sensor-1\n")
+    bench.batch(said)
+    assert task.live == set()
+
+
+def test_the_key_of_a_round_that_is_over_is_gone(bench: Bench) -> None:
+    """What was sealed to it stays unreadable, whoever gets hold of the machine: the open round's key alone is there."""
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600))
+    assert [path.name for path in bench.service._keys.iterdir()] == [f"{TASK}.2.1"]
+    bench.batch(bench.sent(records.update(bench.device, bench.offer)))
+    assert [path.name for path in bench.service._keys.iterdir()] == [f"{TASK}.2.2"]

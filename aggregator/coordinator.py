@@ -36,7 +36,7 @@ from shared.messages import (
     UpdateHead,
 )
 from shared.selection import draw, threshold
-from shared.trust import Position, Trust, advance, model
+from shared.trust import Position, Trust, advance, model, parts
 
 STATUS_AGE_MAX = 13 * 3600
 """Seconds after which a device's word about itself no longer counts."""
@@ -404,6 +404,8 @@ class Coordinator:
             known = Position((task.manifest.version,), signing.digest(task.manifest_signed))
         if not advance(known, Position((manifest.version,), signing.digest(message.manifest))):
             # Our own announcement, or the retained release that this task began with.
+            if message.graphs is not None and message.weights is not None:
+                parts(message.graphs, message.weights, manifest, release)
             return []
         if release.number != 0:
             raise RemoteProtocolError(Reason.ROLLBACK, f"release {release.number} of a manifest that is not known here")

@@ -423,6 +423,8 @@ class Participation:
         release = self.trust.release(message.release, message.manifest, manifest)
         position = Position((manifest.version, release.number), signing.digest(message.release))
         if not advance(task.release_position, position):
+            if message.graphs is not None and message.weights is not None:
+                trust.parts(message.graphs, message.weights, manifest, release)
             return []
         trust.model(message, manifest, release)
         waiting = task.waiting_offer if task.offer is None or task.manifest != manifest else None

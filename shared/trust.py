@@ -95,14 +95,19 @@ def model(message: ReleaseMessage, manifest: TaskManifest, release: Release) -> 
     if manifest.opset != OPSET_VERSION:
         raise RemoteProtocolError(Reason.UNSUPPORTED, f"op-set {manifest.opset}, this program knows {OPSET_VERSION}")
     graphs, weights = message.graphs, message.weights
-    if sha256(graphs.train).digest() != manifest.train_graph or sha256(graphs.eval).digest() != manifest.eval_graph:
-        raise RemoteProtocolError(Reason.WRONG_DIGEST, "a graph is not the one that the manifest was signed for")
-    if len(weights) != release.weights.size or sha256(weights).digest() != release.weights.sha256:
-        raise RemoteProtocolError(Reason.WRONG_DIGEST, "the weights are not the ones that the release was signed for")
+    parts(graphs, weights, manifest, release)
     data = manifest.data
     graph.check(graph.parse(graphs.train), "train", manifest.layout, data.inputs, data.target)
     graph.check(graph.parse(graphs.eval), "eval", manifest.layout, data.inputs, data.target)
     return graphs, weights
+
+
+def parts(graphs: Graphs, weights: bytes, manifest: TaskManifest, release: Release) -> None:
+    """Refuse graphs or weights that are not the ones that were signed for."""
+    if sha256(graphs.train).digest() != manifest.train_graph or sha256(graphs.eval).digest() != manifest.eval_graph:
+        raise RemoteProtocolError(Reason.WRONG_DIGEST, "a graph is not the one that the manifest was signed for")
+    if len(weights) != release.weights.size or sha256(weights).digest() != release.weights.sha256:
+        raise RemoteProtocolError(Reason.WRONG_DIGEST, "the weights are not the ones that the release was signed for")
 
 
 def aggregator_keys(manifest: TaskManifest, use: Use) -> list[bytes]:

@@ -49,9 +49,8 @@ def with_weights(weights: bytes, keys: Keys) -> ReleaseMessage:
     return good(keys, Model(weights=weights))
 
 
-def tampered(keys: Keys, part: str) -> ReleaseMessage:
+def tampered(message: ReleaseMessage, part: str) -> ReleaseMessage:
     """A release with one bit changed on its way."""
-    message = good(keys)
     assert message.graphs is not None and message.weights is not None
     match part:
         case "train":
@@ -119,7 +118,7 @@ BAD: dict[str, tuple[Callable[[Keys], ReleaseMessage | bytes], str]] = {
     ),
     # on its way
     **{
-        f"tampered_{part}": (lambda k, part=part: tampered(k, part), reason)  # type: ignore[misc]
+        f"tampered_{part}": (lambda k, part=part: tampered(good(k), part), reason)  # type: ignore[misc]
         for part, reason in {
             "train": "wrong_digest",
             "eval": "wrong_digest",

@@ -11,7 +11,7 @@ from shared import sealing, signing, wire
 from shared.messages import PARTICIPATION_ALL, OfferState, Release, ReleaseMessage, Role, RoundOffer, Signed
 from tests.broker.broker import Fleet
 from tests.hostile import records
-from tests.hostile.bad_releases import BAD, HELD, NOT_FOR_AGENTS
+from tests.hostile.bad_releases import BAD, HELD, NOT_FOR_AGENTS, tampered
 from tests.hostile.field import AGENT, Field
 from tests.hostile.records import CLIP, JUNK, PLAN, edited, flip
 
@@ -118,6 +118,21 @@ def test_bad_later_release(field: Field, case: str) -> None:
     """An aggregator can only continue what a publisher began, and only forwards."""
     make, reason = LATER[case]
     refuses(field, RELEASES, wire.pack(make(field)), reason)
+
+
+@pytest.mark.parametrize("part", ["train", "eval", "weights", "release"])
+def test_the_held_release_tampered(field: Field, part: str) -> None:
+    """A changed copy of what the agent has is told from a mere repetition, and what it has stays."""
+    reason = "bad_signature" if part == "release" else "wrong_digest"
+    refuses(field, RELEASES, wire.pack(tampered(field.messages["main"], part)), reason)
+
+
+def test_the_held_release_again(field: Field) -> None:
+    """What a broker sends again after every reconnect is worth no line and changes nothing."""
+    before = field.snapshot()
+    payload = wire.pack(field.messages["main"])
+    assert field.provoke(lambda: field.publish(RELEASES, payload), silent=True) == []
+    assert field.snapshot() == before
 
 
 # -- offers ------------------------------------------------------------------------------------------------------

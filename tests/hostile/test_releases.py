@@ -4,7 +4,7 @@ import pytest
 
 from shared import wire
 from tests.hostile import records
-from tests.hostile.bad_releases import BAD, NEXT
+from tests.hostile.bad_releases import BAD, tampered
 from tests.hostile.records import JUNK
 from tests.hostile.site import Site
 
@@ -52,8 +52,14 @@ def test_retained_junk(site: Site) -> None:
     site.daemon.stop()
     site.daemon.start()
     site.daemon.wait("message.refused", start, topic="models/release", reason="not_msgpack")
-    site.publish(wire.pack(records.release(site.keys, records.manifest(site.keys, "main", NEXT))), retain=True)
-    site.daemon.wait("task.adopted", start, task="main", version=NEXT)
+    site.publish(wire.pack(records.release(site.keys, records.manifest(site.keys, "kept"))), retain=True)
+    site.daemon.wait("task.adopted", start, task="kept", version=1)
+
+
+@pytest.mark.parametrize("part", ["train", "eval", "weights"])
+def test_a_known_release_tampered(site: Site, part: str) -> None:
+    """A changed copy of what everybody has is told from a mere repetition."""
+    refuses(site, wire.pack(tampered(site.messages["main"], part)), "wrong_digest")
 
 
 def test_a_known_release_again(site: Site) -> None:

@@ -10,8 +10,14 @@ from edge_agent import config as settings
 from edge_agent import participation as core
 from edge_agent.jobs import Done
 from edge_agent.service import Service, Stop
+from edge_agent.store import Store
+from shared import identity, signing, wire
 from shared.driver import read_clock
 from shared.machine import Instant
+from shared.messages import Role, Signed
+from shared.mqtt import Message
+from shared.topics import task_release, task_round
+from tests.hostile import records
 
 NOW = Instant(1_000.0, 1_800_000_000.0)
 
@@ -43,3 +49,34 @@ def test_a_clock_that_was_set_is_looked_into(service: Service) -> None:
     assert service.mailbox.take(0.0) == []
     service.handle(Stop(15), Instant(NOW.mono + 2, NOW.utc + 86_400))
     assert service.mailbox.take(0.0) == [core.ClockSet()]
+
+
+def hand(service: Service, topic: str, message: object) -> None:
+    """A message arrives."""
+    service.mailbox.post(Message(topic, wire.pack(message), retain=True, qos=1, mid=1, generation=0))
+    service._driver.turn(0.0)
+
+
+def test_what_was_accepted_is_on_disk(service: Service, tmp_path: Path) -> None:
+    """Release and offer are stored with their positions, and older ones are refused by a process that starts anew."""
+    keys = records.Keys(
+        identity.load_signing_key(tmp_path / "fleet" / "publisher" / "publisher.key"),
+        identity.load_signing_key(tmp_path / "fleet" / "aggregator" / "signing.key"),
+        identity.load_signing_key(tmp_path / "fleet" / "root" / "root.key"),
+    )
+    described = records.manifest(keys, "points", 3)
+    message = records.release(keys, described)
+
+    def offer(number: int) -> Signed:
+        return signing.sign(records.offer(described, message, number), Role.AGGREGATOR, keys.aggregator)
+
+    hand(service, task_release("points"), message)
+    hand(service, task_round("points"), offer(2))
+    assert service._refused == {}
+    (kept,) = Store(tmp_path / "state").load()
+    assert kept.release_position is not None and kept.release_position.rank == (3, 0)
+    assert kept.offer_position is not None and kept.offer_position.rank == (3, 2, 0)
+    again = Service(service._config, read_clock())
+    hand(again, task_release("points"), records.release(keys, records.manifest(keys, "points", 2)))
+    hand(again, task_round("points"), offer(1))
+    assert again._refused == {"rollback": 2}

@@ -1,5 +1,6 @@
 """edge_agent.child: the real trainer in a real process, however it ends."""
 
+import contextlib
 import io
 import os
 import queue
@@ -21,7 +22,7 @@ from edge_agent import child, jobs
 from edge_agent.child import Event, Settings, Trainer, TrainerExited, TrainerSaid, TrainerWrote
 from edge_agent.jobs import Done, Failed, Job, Order, Progress, Source
 from shared import sealing
-from shared.errors import RemoteProtocolError, TrainingError
+from shared.errors import Reason, RemoteProtocolError, TrainingError
 from shared.messages import DataContract, Sgd, TensorContract, TensorSpec, Training
 
 PATIENCE = 60.0
@@ -296,16 +297,19 @@ sys.stdin.buffer.read()
 
 
 def test_it_dies_with_its_parent(job: Job) -> None:
-    """kill -9 of the agent ends a child in the middle of training."""
+    """kill -9 of the agent ends a child in the middle of training, even one that cannot notice a closed pipe."""
     with subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
         assert parent.stdin is not None and parent.stdout is not None
         parent.stdin.write(jobs.frame(Order(endless(job))))
         parent.stdin.flush()
         handle = os.pidfd_open(int(parent.stdout.readline()))
         try:
+            signal.pidfd_send_signal(handle, signal.SIGSTOP)
             parent.kill()
-            assert select.select([handle], [], [], PATIENCE)[0], "the trainer outlived its agent"
+            assert select.select([handle], [], [], PATIENCE / 4)[0], "the trainer outlived its agent"
         finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
             os.close(handle)
 
 
@@ -398,8 +402,9 @@ def test_frame_cut_short(job: Job, cut: int) -> None:
     """A stream that ends inside a frame is refused, and one that claims too much before it is read."""
     with pytest.raises(RemoteProtocolError):
         jobs.read_order(io.BytesIO(jobs.frame(Order(job))[:cut]))
-    with pytest.raises(RemoteProtocolError):
+    with pytest.raises(RemoteProtocolError) as caught:
         jobs.read_said(io.BytesIO((jobs.SAID_MAX + 1).to_bytes(4, "little")))
+    assert caught.value.reason is Reason.TOO_LARGE
 
 
 def test_rss_of_nobody() -> None:

@@ -445,6 +445,10 @@ def test_an_update_that_opens_after_the_closing_is_late() -> None:
     assert isinstance(recall, core.Recall)
     effects = bench.tell(core.HeadRecalled(late, None))
     assert [each.outcome for each in receipts(effects)] == [Outcome.LATE]
+    bench.reduce()
+    assert bench.offer.round == 2
+    (recall,) = bench.tell(core.UpdateOpened(late, BODY))
+    assert isinstance(recall, core.Recall)
 
 
 def test_a_head_that_comes_twice_in_the_batch_that_closes_is_not_late() -> None:

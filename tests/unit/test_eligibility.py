@@ -137,6 +137,7 @@ def test_publisher_can_only_ask_for_more() -> None:
     assert names(loose, asked, training=True, cpu_others=60.0) == ["cpu"]
     strict = Policy(mains=True, min_battery=90.0, cpu_pressure=5.0)
     assert names(strict, Conditions(), mains=False, cpu_pressure=6.0) == ["mains", "battery", "cpu"]
+    assert names(strict, asked, mains=False, battery=60.0, cpu_pressure=6.0) == ["mains", "battery", "cpu"]
 
 
 conditions = st.builds(Conditions, mains=st.booleans(), idle=st.booleans(), min_battery=st.integers(0, 100))

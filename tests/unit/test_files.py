@@ -1,6 +1,7 @@
 """shared.files: a file is there whole or not at all."""
 
 import os
+import resource
 import stat
 from pathlib import Path
 
@@ -45,6 +46,20 @@ def test_a_failed_write_keeps_the_old(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         write_durably(path, b"new")
     assert (path / "inside").read_bytes() == b"kept"
+
+
+def test_a_full_disk_keeps_the_old(tmp_path: Path) -> None:
+    """A write that stops half-way never touches the file that is there."""
+    path = tmp_path / "state"
+    write_durably(path, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError):
+            write_durably(path, b"new and far too long")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"old"
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -272,6 +272,15 @@ def test_the_owner_comes_first() -> None:
     assert "Train" in kinds(bench.after(31))
 
 
+def test_nothing_starts_before_the_device_has_settled() -> None:
+    """That nothing stands in the way at this moment is not enough: it must have been so for a while."""
+    bench = Bench()
+    bench.machine = dataclasses.replace(bench.machine, policy=changed(POLICY, settle=60.0))
+    assert kinds(bench.begin()) == ["KeepOffer"]
+    assert "Train" not in kinds(bench.after(59))
+    assert "Train" in kinds(bench.after(2))
+
+
 def test_unplugged_in_the_middle() -> None:
     """Training stops with the reason, and is done over when power is back, if the round is still open."""
     bench = Bench()

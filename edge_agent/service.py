@@ -77,7 +77,11 @@ class Service:
             idle_exit=config.trainer.idle_exit,
         )
         for kept in self._store.load():
-            self._participation.tasks[kept.name] = _restore(kept)
+            task = restored(kept, self._participation.trust, now.utc)
+            if task is None:
+                self._store.forget(kept.name)
+            else:
+                self._participation.tasks[kept.name] = task
         self.mailbox: Mailbox[ServiceEvent] = Mailbox()
         self._threads = config.trainer.threads or max(1, len(os.sched_getaffinity(0)) - 1)
         self._trainer = Trainer(
@@ -496,11 +500,16 @@ def run(config: AgentConfig) -> None:
     service.run()
 
 
-def _restore(kept: Kept) -> Task:
-    """A task as the store knows it."""
+def restored(kept: Kept, trust: Trust, now: float) -> Task | None:
+    """A task as the store knows it; None if the root, which may be a newer one, does not stand behind it."""
     task = Task(kept.name, offer_position=kept.offer_position, worked=kept.worked)
     if kept.manifest is None or kept.release is None:
         return task
+    try:
+        trust.manifest(kept.manifest, now)
+    except RemoteProtocolError as error:
+        if error.reason is not Reason.EXPIRED:
+            return None
     with contextlib.suppress(RemoteProtocolError):
         manifest = wire.unpack(kept.manifest.payload, TaskManifest)
         task.release = wire.unpack(kept.release.payload, Release)

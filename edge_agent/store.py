@@ -114,6 +114,11 @@ class Store:
         """Remember the newest round that an update was made for."""
         self._write(task, structs.replace(self._state(task), worked=list(position)))
 
+    def forget(self, task: str) -> None:
+        """Begin a task anew: nothing that was accepted of it binds any more."""
+        self._states.pop(task, None)
+        (self._tasks / task / "state").unlink(missing_ok=True)
+
     def files(self, task: str, manifest: TaskManifest, release: Release) -> tuple[Path, Path, Path]:
         """(train graph, eval graph, weights) of an accepted release."""
         folder = self._tasks / task

@@ -9,17 +9,17 @@ from aggregator import ca
 from edge_agent import config as settings
 from edge_agent import participation as core
 from edge_agent.jobs import Done
-from edge_agent.service import Service, Stop
-from edge_agent.store import Store
+from edge_agent.service import Service, Stop, restored
+from edge_agent.store import Kept, Store
 from shared import identity, signing, wire
 from shared.driver import read_clock
 from shared.machine import Instant
 from shared.messages import Role, Signed
 from shared.mqtt import Message
 from shared.topics import task_release, task_round
+from shared.trust import Position
 from tests.hostile import records
-
-NOW = Instant(1_000.0, 1_800_000_000.0)
+from tests.records import NOW, Records, key
 
 
 @pytest.fixture
@@ -80,3 +80,32 @@ def test_what_was_accepted_is_on_disk(service: Service, tmp_path: Path) -> None:
     hand(again, task_release("points"), records.release(keys, records.manifest(keys, "points", 2)))
     hand(again, task_round("points"), offer(1))
     assert again._refused == {"rollback": 2}
+
+
+RECORDS = Records()
+
+
+def stored() -> Kept:
+    """A task as it lies on disk, accepted under the root of RECORDS."""
+    message = RECORDS.message(RECORDS.manifest(version=7))
+    place = Position((7,), signing.digest(message.manifest))
+    release = Position((7, 0), signing.digest(message.release))
+    return Kept("points", message.manifest, message.release, release, place, Position((7, 3, 0), bytes(32)), (7, 3))
+
+
+def test_a_task_that_the_root_no_longer_stands_behind_is_forgotten(service: Service, tmp_path: Path) -> None:
+    """A publisher's key was stolen and the root replaced: neither its model nor its version numbers bind a device."""
+    found = restored(stored(), RECORDS.trust, NOW.utc)
+    assert found is not None and found.release_position == stored().release_position
+    assert restored(stored(), Records(publisher=key(9)).trust, NOW.utc) is None
+    message = RECORDS.message()
+    first = Position((1,), signing.digest(message.manifest)), Position((1, 0), signing.digest(message.release))
+    Store(tmp_path / "state").keep_release("points", message, *first)
+    assert Service(service._config, read_clock())._participation.tasks == {}
+    assert Store(tmp_path / "state").load() == []
+
+
+def test_a_task_that_expired_keeps_its_place() -> None:
+    """Otherwise an older manifest with a longer term could come back."""
+    found = restored(stored(), RECORDS.trust, NOW.utc + 10**5)
+    assert found is not None and found == restored(stored(), RECORDS.trust, NOW.utc)

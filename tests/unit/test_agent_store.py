@@ -82,6 +82,16 @@ def test_across_a_restart(tmp_path: Path) -> None:
     assert Store(tmp_path).load() == [kept(message, OFFER, (1, 2))]
 
 
+def test_a_task_begins_anew(tmp_path: Path) -> None:
+    """What is forgotten is gone after a restart too, and no old offer binds what comes next."""
+    store, message = begun(tmp_path)
+    store.forget("points")
+    assert Store(tmp_path).load() == []
+    keep(store, message)
+    assert Store(tmp_path).load() == [kept(message)]
+    store.forget("nothing")
+
+
 def test_every_file_is_where_the_trainer_looks(tmp_path: Path) -> None:
     """Graphs and weights lie under the names that the signed records give them."""
     store, message = begun(tmp_path)

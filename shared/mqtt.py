@@ -114,6 +114,14 @@ class Post(Protocol):
         """Waits for a credit."""
 
 
+class _Client(paho.Client):
+    """paho's client, whose network thread wakes up for traffic and keep-alive, and not every second besides."""
+
+    def loop_forever(self, timeout: float = 0.0, retry_first_connection: bool = False) -> MQTTErrorCode:
+        # loop_start() gives no timeout, so paho's default of 1 s would hold. What the owner sends wakes the thread.
+        return super().loop_forever(timeout or self.keepalive / 4, retry_first_connection)
+
+
 class Link:
     """One MQTT 5 connection that is kept up until `stop`."""
 
@@ -123,7 +131,7 @@ class Link:
         self._generation = 0
         self._earlier, self._current = (0, 0), (0, 0)
         self._complaint = ""
-        client = paho.Client(
+        client = _Client(
             CallbackAPIVersion.VERSION2,
             client_id=settings.client_id,
             protocol=MQTTProtocolVersion.MQTTv5,

@@ -13,6 +13,7 @@ from edge_agent.service import Service, Stop, restored
 from edge_agent.store import Kept, Store
 from shared import identity, signing, wire
 from shared.driver import read_clock
+from shared.errors import ConfigError
 from shared.machine import Instant
 from shared.messages import Role, Signed
 from shared.mqtt import Message
@@ -109,3 +110,12 @@ def test_a_task_that_expired_keeps_its_place() -> None:
     """Otherwise an older manifest with a longer term could come back."""
     found = restored(stored(), RECORDS.trust, NOW.utc + 10**5)
     assert found is not None and found == restored(stored(), RECORDS.trust, NOW.utc)
+
+
+def test_the_name_of_another_device(service: Service) -> None:
+    """A configuration that was made for another device is refused with both names."""
+    config = service._config
+    spoilt = structs.replace(config, device=structs.replace(config.device, name="sensor-2"))
+    with pytest.raises(ConfigError, match=r"sensor-2.*sensor-1") as caught:
+        Service(spoilt, read_clock())
+    assert caught.value.key == "device.name"

@@ -187,6 +187,13 @@ def test_a_spoilt_update_does_not_count(bench: Bench, case: str) -> None:
     assert bench.updates == 1
 
 
+def test_an_update_on_the_topic_of_another(bench: Bench) -> None:
+    """The topic is what the broker let its owner write: a head that names somebody else is no word of theirs."""
+    bench.batch(bench.sent(records.update(bench.device, bench.offer), bench.other))
+    assert bench.service._refused == {"wrong_device": 1}
+    assert bench.updates == 0
+
+
 def test_a_denied_device_does_not_count(bench: Bench) -> None:
     """The deny list is stronger than a good certificate and a good signature."""
     bench.deny.write_text("sensor-1\n")

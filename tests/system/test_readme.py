@@ -35,7 +35,7 @@ README = ROOT / "README.md"
 DOCUMENTS = sorted(
     [
         *ROOT.glob("*.md"),
-        *(found for folder in ("docs", "mosquitto", "examples") for found in (ROOT / folder).rglob("*.md")),
+        *(found for folder in ("docs", "mosquitto", "examples", "bench") for found in (ROOT / folder).rglob("*.md")),
     ]
 )
 PASSPHRASE = "correct horse battery staple"

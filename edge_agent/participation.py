@@ -506,11 +506,13 @@ class Participation:
     # -- eligibility --
 
     def _sensed(self, facts: DeviceFacts, now: Instant) -> list[Effect]:
-        self.facts = facts
+        first, self.facts = self.facts is None, facts
         # The owner's policy says who is eligible; while a task is trained its publisher's conditions hold too.
         manifest = None if self.work is None else self.tasks[self.work.task].manifest
         self.obstacles = obstacles(self.policy, None if manifest is None else manifest.conditions, facts)
-        if not self._gate.observe(self.obstacles, now.mono, self.work is not None):
+        changed = self._gate.observe(self.obstacles, now.mono, self.work is not None)
+        # What stands in the way from the start is no change, but its owner should read of it all the same.
+        if not changed and not (first and self.obstacles):
             return []
         effects: list[Effect] = [EligibilityChanged(self.eligible, self.obstacles)]
         if not self.eligible and self.work is not None:

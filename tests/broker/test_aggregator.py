@@ -314,8 +314,8 @@ def test_killed_between_closing_and_publication(yard: Yard) -> None:
         yard.kill()
         yard.start()
         newest = yard.released(number)
-        # A later round is open for it, on it.
-        yard.fence()
+        # A later round opens, as soon as the devices' retained words have come back.
+        yard.daemon.wait("round.opened", task="main", round=number + 1)
         offer = yard.offer("main")
         assert (offer.round, offer.state) == (number + 1, OfferState.OPEN)
         assert newest.parent is not None

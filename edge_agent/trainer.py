@@ -299,7 +299,10 @@ class Worker:
         delta, norm = clipped(trained.delta, job.clip)
         encoded = codec.encode(job.codec, delta, [size(spec) for spec in job.layout if spec.dtype in FLOATING])
         header = PlainBody(trained.examples, trained.steps, trained.metrics, trained.holdout)
-        encapsulation, sealed = sealing.seal(header, encoded, job.hpke_key, job.context)
+        try:
+            encapsulation, sealed = sealing.seal(header, encoded, job.hpke_key, job.context)
+        except RemoteProtocolError as error:
+            raise TrainingError("unsupported", error.detail) from None
         _write(Path(job.output), sealed)
         return Done(
             job.id,

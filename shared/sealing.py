@@ -42,14 +42,18 @@ def sealed_size(header: int, delta: int) -> int:
 
 
 def seal(header: PlainBody, delta: bytes | memoryview, public_key: bytes, context: bytes) -> tuple[bytes, bytearray]:
-    """(encapsulation, ciphertext) of a body; `delta` is read, not kept."""
+    """(encapsulation, ciphertext) of a body; `delta` is read, not kept. RemoteProtocolError for a key that is none."""
     packed = wire.pack(header)
     plain = bytearray(_LENGTH.size + len(packed) + len(delta))
     _LENGTH.pack_into(plain, 0, len(packed))
     plain[_LENGTH.size : _LENGTH.size + len(packed)] = packed
     plain[_LENGTH.size + len(packed) :] = delta
     key = AESGCM.generate_key(256)
-    encapsulation = _SUITE.encrypt(key, X25519PublicKey.from_public_bytes(public_key), _INFO + context)
+    try:
+        encapsulation = _SUITE.encrypt(key, X25519PublicKey.from_public_bytes(public_key), _INFO + context)
+    except ValueError:
+        # Of another length, or a point of low order, to which everybody would know the secret.
+        raise RemoteProtocolError(Reason.OFFER_BOUNDS, "the round's public key is no X25519 key") from None
     cipher, aad = AESGCM(key), _aad(context, encapsulation)
     count = _segments(len(plain))
     source, sealed = memoryview(plain), bytearray(len(plain) + TAG * count)

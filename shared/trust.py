@@ -27,6 +27,9 @@ from shared.messages import (
 )
 from shared.opset import OPSET_VERSION
 
+KEY_SIZE = 32
+"""Bytes of a round's public key of the suite x25519."""
+
 
 def open_root(signed: Signed) -> Root:
     """The root record inside, once one of its own root keys signed it; pinning it is the caller's decision."""
@@ -72,6 +75,8 @@ def offer(signed: Signed, manifest_signed: Signed, manifest: TaskManifest) -> Ro
     _belongs(found.task, found.manifest, manifest_signed, manifest)
     if found.clip > manifest.privacy.clip_max:
         raise RemoteProtocolError(Reason.OFFER_BOUNDS, f"clip {found.clip} above {manifest.privacy.clip_max}")
+    if len(found.hpke_key) != KEY_SIZE:
+        raise RemoteProtocolError(Reason.OFFER_BOUNDS, f"a key of {len(found.hpke_key)} bytes for {found.suite}")
     if found.round > manifest.plan.rounds:
         raise RemoteProtocolError(Reason.OFFER_BOUNDS, f"round {found.round} of {manifest.plan.rounds}")
     return found

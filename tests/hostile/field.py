@@ -1,6 +1,7 @@
 """A running agent whose publisher and aggregator is the test, with their real keys on the real broker."""
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,10 @@ from shared import signing, wire
 from shared.messages import DeviceStatus, Receipt, Release, ReleaseMessage, Role, RoundOffer, TaskManifest
 from tests.broker.broker import Fleet, Peer
 from tests.hostile import records
-from tests.hostile.daemon import Daemon, Line, until
+from tests.hostile.daemon import PATIENCE, Daemon, Line, until
 from tests.hostile.records import MODEL, Model
 
-FENCE = "models/zz-fence/release"
+FENCE = "models/zz-fence"
 AGENT = "agent"
 
 POLICY = """
@@ -59,10 +60,18 @@ class Field:
         self.manifests: dict[str, TaskManifest] = {}
         self.messages: dict[str, ReleaseMessage] = {}
         self.daemon = Daemon("edge_agent", config)
-        self.daemon.start()
-        self.daemon.wait("link.up")
+        self._fences = 0
+        self.start()
 
     # -- doing ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the agent and wait until it hears what is published."""
+        start = len(self.daemon.lines)
+        self.daemon.start()
+        self.daemon.wait("link.up", start)
+        # It has asked for its topics just then; the broker tells nobody but the agent when it has granted them.
+        until(lambda: self._fenced(0.2) or None, "the agent's subscriptions")
 
     def publish(self, topic: str, payload: bytes) -> None:
         """Publish as the aggregator."""
@@ -109,13 +118,23 @@ class Field:
             until(lambda: self.daemon.read()[start:] or None, "any word of the agent")
         self.fence()
         self.fence()  # what follows from the same batch is done before the next begins
-        return [line for line in self.daemon.lines[start:] if line.get("topic") != FENCE]
+        return [line for line in self.daemon.lines[start:] if not _of_fence(line)]
 
     def fence(self) -> None:
         """Return when all that was published before has been dealt with."""
-        start = len(self.daemon.read())
-        self.publish(FENCE, b"\xc0")
-        self.daemon.wait("message.refused", start, topic=FENCE)
+        assert self._fenced(PATIENCE), "the agent does not answer any more"
+
+    def _fenced(self, seconds: float) -> bool:
+        self._fences += 1
+        topic = f"{FENCE}-{self._fences}/release"
+        self.publish(topic, b"\xc0")
+        end = time.monotonic() + seconds
+        while not any(line.get("topic") == topic for line in reversed(self.daemon.read())):
+            assert self.daemon.pid
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.002)
+        return True
 
     def asked(self) -> dict[str, Any]:
         """What `edge-agent status` shows."""
@@ -126,7 +145,7 @@ class Field:
         told = Counter(line["reason"] for line in self.daemon.read() if line["event"] == "message.refused")
         shown = self.asked()
         assert Counter(shown["refused"]) == told
-        fences = sum(line.get("topic") == FENCE for line in self.daemon.lines)
+        fences = sum(map(_of_fence, self.daemon.lines))
         return +(told - Counter({"wrong_type": fences})), Counter(shown["counts"])
 
     def snapshot(self) -> dict[str, bytes]:
@@ -154,3 +173,8 @@ class Field:
             return None
 
         return until(found, "such a status")
+
+
+def _of_fence(line: Line) -> bool:
+    topic: str = line.get("topic", "")
+    return topic.startswith(FENCE)

@@ -29,7 +29,7 @@ from shared.opset import OPSET_VERSION
 from shared.selection import draw
 from tests.broker.broker import Fleet, Peer
 from tests.hostile import records
-from tests.hostile.daemon import Daemon, Line, until
+from tests.hostile.daemon import PATIENCE, Daemon, Line, until
 from tests.hostile.records import Device, Update
 
 FENCE = "zz-fence"
@@ -70,7 +70,7 @@ class Site:
         self.operator = Peer(fleet, fleet.operator)
         self._fence = Peer(fleet, fleet.device(FENCE))
         self._watcher = Peer(fleet, fleet.device("watcher"))
-        self._good = 0
+        self._good = self._fences = 0
         self.manifests: dict[str, TaskManifest] = {}
         self.messages: dict[str, ReleaseMessage] = {}
 
@@ -132,9 +132,9 @@ class Site:
     def retained(self) -> dict[str, bytes]:
         """All that the broker keeps of models, as a device sees it, once it is what the aggregator has stored."""
         newest = "SELECT task, offer, MAX(manifest_version * 1000000 + round) FROM rounds GROUP BY task"
-        offers = {f"models/{task}/round": offer for task, offer, _ in self._query(newest)}
 
         def found() -> dict[str, bytes] | None:
+            offers = {f"models/{task}/round": offer for task, offer, _ in self._query(newest)}
             self._watcher.fence()
             # Asking again brings what is retained again.
             assert self._watcher.subscribe("models/#") < 128
@@ -170,9 +170,20 @@ class Site:
 
     def fence(self) -> None:
         """Return when all that was sent before has been dealt with."""
-        start = len(self.daemon.read())
-        assert self._fence.publish(f"fl/dev/{FENCE}/status", b"\xc0") < 128
-        self.daemon.wait("message.refused", start, topic=f"fl/dev/{FENCE}/status")
+        assert self.fenced(PATIENCE), "the aggregator does not answer any more"
+
+    def fenced(self, seconds: float) -> bool:
+        """Whether the aggregator hears of something so soon."""
+        self._fences += 1
+        topic = f"fl/up/0/{FENCE}/{self._fences}"
+        assert self._fence.publish(topic, b"") < 128
+        end = time.monotonic() + seconds
+        while not any(line.get("topic") == topic for line in reversed(self.daemon.read())):
+            assert self.daemon.pid
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.002)
+        return True
 
     def audit(self) -> None:
         """The counters that `aggregator status` shows are those of the log: no line without its count, nor the reverse.
@@ -221,6 +232,8 @@ def make_site(fleet: Fleet) -> Site:
     site = Site(fleet)
     site.daemon.start()
     site.daemon.wait("link.up")
+    # It has asked for its topics just then; the broker tells nobody else when it has granted them.
+    until(lambda: site.fenced(0.2) or None, "the aggregator's subscriptions")
     for device in ("live-1", "live-2"):
         site.online(device)
     site.task("main")

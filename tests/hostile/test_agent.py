@@ -157,6 +157,7 @@ OFFERS: dict[str, tuple[Callable[[Field], Signed | bytes], str]] = {
     "more_shards": (lambda f: re_issue(f, shards=2), "offer_bounds"),
     "another_release": (lambda f: re_issue(f, release=bytes(32)), "offer_bounds"),
     "clip_above_the_bound": (lambda f: re_issue(f, round=3, clip=CLIP * 1.001), "offer_bounds"),
+    "key_of_another_length": (lambda f: re_issue(f, round=3, hpke_key=bytes(33)), "offer_bounds"),
     "round_beyond_the_plan": (lambda f: re_issue(f, round=PLAN.rounds + 1), "offer_bounds"),
     "older_round": (lambda f: re_issue(f, round=1), "rollback"),
     "older_sequence": (lambda f: re_issue(f, sequence=0), "rollback"),
@@ -280,8 +281,7 @@ def test_a_restart_forgets_nothing(field: Field) -> None:
     assert field.daemon.stop() == 0
     field.daemon.read()
     field.daemon.lines.clear()  # the counters begin again with it
-    field.daemon.start()
-    field.daemon.wait("link.up")
+    field.start()
     refuses(field, RELEASES, wire.pack(again(field, held(field) - 1)), "rollback")
     refuses(
         field, RELEASES, wire.pack(records.release(field.keys, records.manifest(field.keys, "main", 4))), "rollback"

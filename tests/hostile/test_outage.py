@@ -80,6 +80,6 @@ def _flows(fleet: Fleet, daemons: list[Daemon], version: int) -> None:
     keys = records.load_keys(fleet)
     with Peer(fleet, fleet.operator) as operator:
         message = records.release(keys, records.manifest(keys, "main", version))
-        assert operator.publish("models/release", wire.pack(message)) < 128
+        assert operator.publish("models/release", wire.pack(message), retain=True) < 128
         daemons[0].wait("task.adopted", version=version)
         daemons[1].wait("release.accepted", version=version)

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,11 +108,11 @@ def uploads(field: Field) -> int:
     return sum(topic.startswith("fl/up/") for topic, _ in field.collect())
 
 
-def fails(field: Field, task: str, reason: str) -> str:
+def fails(field: Field, task: str, reason: str, **changes: Any) -> str:
     """Offer a round that cannot be trained; the detail of the one line that says why."""
     start = len(field.daemon.read())
     counts, sent = field.counters()[1], uploads(field)
-    field.offer(task)
+    field.offer(task, **changes)
     line = field.daemon.wait("training.failed", start, task=task)
     field.fence()
     told = [each["event"] for each in field.daemon.lines[start:] if each["level"] in ("warning", "error")]
@@ -155,6 +156,12 @@ def test_a_graph_that_does_not_compute(field: Field) -> None:
     broken = graph_bytes("train", [Row("aten.mm.default", (Ref(1), Ref(1)))])
     field.task("t-graph", model=Model(train=broken), data=contract("good.npz"))
     assert fails(field, "t-graph", "graph")
+
+
+def test_a_key_to_which_everybody_has_the_secret(field: Field) -> None:
+    """An aggregator whose round has a public key of low order gets no update."""
+    field.task("t-key", data=contract("good.npz"))
+    assert "no X25519 key" in fails(field, "t-key", "unsupported", hpke_key=bytes(32))
 
 
 def test_a_graph_that_asks_for_too_much(field: Field) -> None:

@@ -1,7 +1,7 @@
 """The agent's machine: what it believes, when it trains, what it says."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import pairwise
@@ -270,6 +270,14 @@ def test_the_owner_comes_first() -> None:
     assert kinds(bench.begin()) == ["KeepOffer"]
     bench.facts = FACTS
     assert "Train" in kinds(bench.after(31))
+
+
+def test_what_stands_in_the_way_from_the_start_is_told_once() -> None:
+    """A device that was never eligible says why in its log, though nothing changed; a second look says nothing new."""
+    bench = Bench(facts=replace(FACTS, paused=True))
+    told = [each for each in bench.tell(core.Connected(), Tick()) if isinstance(each, core.EligibilityChanged)]
+    assert [(each.eligible, len(each.obstacles)) for each in told] == [(False, 1)]
+    assert not any(isinstance(each, core.EligibilityChanged) for each in bench.after(100))
 
 
 def test_nothing_starts_before_the_device_has_settled() -> None:

@@ -265,7 +265,7 @@ CLIENT = """
 import sys
 from pathlib import Path
 from shared.driver import Mailbox
-from shared.mqtt import Link, LinkSettings, LinkUp, Message
+from shared.mqtt import Link, LinkSettings, LinkUp, Message, Published
 port, ca, cert, key, count = sys.argv[1:]
 mailbox = Mailbox()
 link = Link(LinkSettings("localhost", int(port), "_agg-0", Path(ca), Path(cert), Path(key), durable=True), mailbox)
@@ -279,7 +279,11 @@ while True:
             if left:
                 link.acknowledge(event)
                 left -= 1
+                if not left:
+                    link.publish("fl/agg/0/status", b"its answer comes after what was acknowledged before")
             print(event.payload.decode(), flush=True)
+        if isinstance(event, Published):
+            print("settled", flush=True)
 """
 
 
@@ -304,10 +308,13 @@ def test_what_was_not_acknowledged_comes_back(ear: Open, fleet: Fleet) -> None:
                 assert child.stdout.readline() == "0\n"
                 for number in range(1, 10):
                     device.publish(head, b"%d" % number)
-                device.publish(head, b"", retain=True)
-                assert [child.stdout.readline() for _ in range(9)] == [f"{number}\n" for number in range(1, 10)]
+                said = [child.stdout.readline() for _ in range(10)]
+                assert "settled\n" in said
+                assert [line for line in said if line != "settled\n"] == [f"{number}\n" for number in range(1, 10)]
         finally:
             os.kill(child.pid, signal.SIGKILL)
+    with Peer(fleet, fleet.device(DEVICE)) as device:
+        device.publish(head, b"", retain=True)
     one = ear(identity, **durable(fleet))
     assert one.start().session_present
     came = [each for each in one.messages(7) if each.payload]

@@ -44,6 +44,8 @@ STATUS_BURST, STATUS_INTERVAL, STATUS_REFRESH = 3, 300.0, 6 * 3600.0
 """Status messages at once, seconds until one more is allowed, seconds after which it is said again."""
 PROGRESS_INTERVAL = 10.0
 """Seconds between two lines about a training that goes on; one that takes less is told by its start and end."""
+RESEND_SPREAD = 5.0
+"""Seconds over which devices spread what they send again when an aggregator is back."""
 RETRY_FIRST, RETRY_MAX = 60.0, 3600.0
 """Seconds before a failed job is tried again; doubles."""
 
@@ -84,6 +86,13 @@ class ReceiptArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class AggregatorSaid:
+    """An aggregator is there, or has left."""
+
+    online: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Sensed:
     """What the sensors read."""
 
@@ -121,6 +130,7 @@ Event = (
     | ReleaseArrived
     | OfferArrived
     | ReceiptArrived
+    | AggregatorSaid
     | Sensed
     | Wake
     | ClockSet
@@ -128,6 +138,24 @@ Event = (
     | TrainerGone
     | Tick
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """An update on its way: `position` is its (manifest version, round), `id` names its body in the outbox."""
+
+    id: str
+    task: str
+    position: tuple[int, int]
+    head: bytes
+    digest: bytes
+    shards: int
+
+    @property
+    def round(self) -> int:
+        """The round that it was made for."""
+        return self.position[1]
+
 
 # -- effects -----------------------------------------------------------------------------------------------------
 
@@ -202,28 +230,42 @@ class RestTrainer:
 
 
 @dataclass(frozen=True, slots=True)
-class SendUpdate:
-    """Sign the head, note the round as done, publish head and body."""
+class TrainingFinished:
+    """The job is done and its sealed body lies in the outbox."""
 
-    id: str
     task: str
     round: int
-    position: tuple[int, int]
-    head: bytes
-    digest: bytes
-    shards: int
     done: Done
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
-    """The aggregator has answered an update; its files can go."""
+class SendUpdate:
+    """Sign the head, publish it with its body; the same head again whenever this comes again."""
 
-    id: str
-    task: str
-    round: int
+    sent: Sent
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The aggregator has answered an update: remember its round as done, its body can go."""
+
+    sent: Sent
     outcome: Outcome
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropUpdate:
+    """An update that nobody answered and that can count no more: its body can go."""
+
+    sent: Sent
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetTask:
+    """A task that has expired makes room for another."""
+
+    task: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,8 +302,11 @@ Effect = (
     | StopTraining
     | TrainingFailed
     | RestTrainer
+    | TrainingFinished
     | SendUpdate
     | Settled
+    | DropUpdate
+    | ForgetTask
     | ShowProgress
     | EligibilityChanged
     | PublishStatus
@@ -283,9 +328,9 @@ class Task:
     offer_position: Position | None = None
     offer: RoundOffer | None = None
     waiting_offer: Signed | None = None
-    """An offer that came before the manifest that it belongs to."""
+    """An offer of a manifest that has not come yet, or is gone."""
     worked: tuple[int, int] = (0, 0)
-    """(manifest version, round) of the newest update sent."""
+    """(manifest version, round) of the newest update made; on disk once the aggregator has answered it."""
     start_at: float = 0.0
     """Monotonic seconds before which this round's training does not start."""
     failures: int = 0
@@ -330,7 +375,11 @@ class Participation:
     _warm_until: float | None = None
     _next_start: float | None = None
     """Monotonic seconds at which a job that is only waiting for its start time can begin."""
-    _sent: dict[bytes, Work] = field(default_factory=dict)
+    _sent: dict[bytes, Sent] = field(default_factory=dict)
+    """Updates that the aggregator has not answered, by the digest of their head."""
+    _resend_at: float | None = None
+    _early: dict[str, Signed] = field(default_factory=dict)
+    """The newest offer of tasks that no release has come of; the oldest makes room."""
     _said: PublishStatus | None = None
     _tokens: float = float(STATUS_BURST)
     _token_time: float | None = None
@@ -353,7 +402,7 @@ class Participation:
         if self._gate.deadline is None:
             wanted.append(0.0)
         wanted.append(self._next_start if self.work is None else self.work.deadline)
-        wanted.append(self._speak_at if self.connected else None)
+        wanted += [self._speak_at, self._resend_at] if self.connected else []
         return min((each for each in wanted if each is not None), default=None)
 
     def handle(self, event: Event, now: Instant) -> list[Effect]:
@@ -375,6 +424,10 @@ class Participation:
                 return self._offer_arrived(name, signed, now)
             case ReceiptArrived(signed=signed):
                 return self._receipt_arrived(signed)
+            case AggregatorSaid(online=online):
+                if online and self._sent:
+                    self._resend_at = now.mono + RESEND_SPREAD * int.from_bytes(self.random(4), "big") / 2**32
+                return []
             case Sensed(facts=facts):
                 return self._sensed(facts, now)
             case Wake():
@@ -403,6 +456,9 @@ class Participation:
         if self._warm_until is not None and self.work is None and self._warm_until <= now.mono:
             self._warm_until = None
             effects.append(RestTrainer())
+        if self.connected and self._resend_at is not None and self._resend_at <= now.mono:
+            self._resend_at = None
+            effects += [SendUpdate(sent) for sent in self._sent.values()]
         if self._refresh_at is not None and self._refresh_at <= now.mono:
             self._said = None
             # They may have been mended since, and only a round can tell.
@@ -413,8 +469,6 @@ class Participation:
 
     def _release_arrived(self, name: str, message: ReleaseMessage, now: Instant) -> list[Effect]:
         task = self.tasks.get(name) or Task(name)
-        if name not in self.tasks and len(self.tasks) >= TASKS_MAX:
-            raise RemoteProtocolError(Reason.TOO_LARGE, f"this device follows {TASKS_MAX} tasks already")
         manifest = self.trust.manifest(message.manifest, now.utc)
         if manifest.task != name:
             raise RemoteProtocolError(Reason.WRONG_TASK, f"a release of {manifest.task} on the topic of {name}")
@@ -422,19 +476,20 @@ class Participation:
         advance(task.manifest_position, manifest_position)
         release = self.trust.release(message.release, message.manifest, manifest)
         position = Position((manifest.version, release.number), signing.digest(message.release))
-        if not advance(task.release_position, position):
+        if not advance(task.release_position, position) and task.release is not None:
             if message.graphs is not None and message.weights is not None:
                 trust.parts(message.graphs, message.weights, manifest, release)
             return []
         trust.model(message, manifest, release)
+        effects = self._make_room(name, now)
         waiting = task.waiting_offer if task.offer is None or task.manifest != manifest else None
-        effects: list[Effect] = []
+        waiting = waiting or self._early.pop(name, None)
         if task.manifest != manifest:
-            task.offer = None
-            effects += self._give_up(name, "superseded")
+            task.offer, task.failures = None, 0
+            effects += self._give_up(name, "superseded", now)
         task.manifest_signed, task.manifest, task.release = message.manifest, manifest, release
         task.manifest_position, task.release_position = manifest_position, position
-        task.waiting_offer, task.failures = None, 0
+        task.waiting_offer = None
         self.tasks[name] = task
         effects.append(KeepRelease(name, manifest, release, message, manifest_position, position))
         if waiting is not None:
@@ -448,9 +503,10 @@ class Participation:
     def _offer_arrived(self, name: str, signed: Signed, now: Instant) -> list[Effect]:
         task = self.tasks.get(name)
         if task is None or task.manifest is None or task.manifest_signed is None:
-            if task is None and len(self.tasks) >= TASKS_MAX:
-                raise RemoteProtocolError(Reason.TOO_LARGE, f"this device follows {TASKS_MAX} tasks already")
-            self.tasks.setdefault(name, Task(name)).waiting_offer = signed
+            self._early.pop(name, None)
+            self._early[name] = signed
+            if len(self._early) > TASKS_MAX:
+                del self._early[next(iter(self._early))]
             return []
         try:
             offer = trust.offer(signed, task.manifest_signed, task.manifest)
@@ -468,22 +524,40 @@ class Participation:
             trust.continues(offer, before)
         task.offer, task.offer_position = offer, position
         if before is None or before.round != offer.round:
-            task.failures = 0
             spread = task.manifest.plan.start_jitter * int.from_bytes(self.random(4), "big") / 2**32
-            task.start_at = now.mono + spread
+            # One failure does not cost the next round; a device that fails again and again waits ever longer.
+            task.start_at = max(now.mono + spread, task.start_at if task.failures > 1 else 0.0)
         effects: list[Effect] = [KeepOffer(name, offer, position)]
         if offer.state is not OfferState.OPEN or (before is not None and before.round != offer.round):
             # A device that was away hears of the next round, and never that its own was closed.
-            effects += self._give_up(name, "round_over")
-        return effects
+            effects += self._give_up(name, "round_over", now)
+        return effects + self._outdated(name, (task.manifest.version, offer.round))
 
-    def _give_up(self, name: str, why: str) -> list[Effect]:
-        """End what is trained for this task, if anything: it would not count any more."""
+    def _give_up(self, name: str, why: str, now: Instant) -> list[Effect]:
+        """End what is trained for this task, if anything: it would not count any more. The child stays warm."""
         if self.work is None or self.work.task != name:
             return []
         effect = self._stop(why)
-        self.work = None
+        self._rest(now)
         return [effect]
+
+    def _outdated(self, name: str, position: tuple[int, int]) -> list[Effect]:
+        """Give up the updates of a task that are older than this and were never answered."""
+        old = [sent for sent in self._sent.values() if sent.task == name and sent.position < position]
+        for sent in old:
+            del self._sent[sent.digest]
+        return [DropUpdate(sent) for sent in old]
+
+    def _make_room(self, name: str, now: Instant) -> list[Effect]:
+        """A place for one more task: a free one, or that of a task whose manifest has expired."""
+        if name in self.tasks or len(self.tasks) < TASKS_MAX:
+            return []
+        for other in self.tasks.values():
+            busy = self.work is not None and self.work.task == other.name
+            if not busy and (other.manifest is None or now.utc >= other.manifest.expires):
+                del self.tasks[other.name]
+                return [ForgetTask(other.name)]
+        raise RemoteProtocolError(Reason.TOO_LARGE, f"this device follows {TASKS_MAX} tasks already")
 
     def _receipt_arrived(self, signed: Signed) -> list[Effect]:
         error = RemoteProtocolError(Reason.WRONG_TASK, "a receipt of no task known here")
@@ -500,7 +574,7 @@ class Participation:
             sent = self._sent.pop(found.head, None)
             if sent is None:
                 return []
-            return [Settled(sent.id, found.task, found.round, found.outcome, found.reason)]
+            return [Settled(sent, found.outcome, found.reason)]
         raise error
 
     # -- eligibility --
@@ -615,10 +689,10 @@ class Participation:
         task.worked, task.failures = (version, work.offer.round), 0
         self._bad_data -= {task.manifest.data.dataset} if task.manifest is not None else set()
         self._rest(now)
-        # Of an update whose receipt never came nothing is remembered once the next one is on its way.
-        self._sent = {key: sent for key, sent in self._sent.items() if sent.task != work.task}
-        self._sent[digest] = work
-        return [SendUpdate(work.id, work.task, work.offer.round, task.worked, head, digest, work.offer.shards, done)]
+        sent = Sent(work.id, work.task, task.worked, head, digest, work.offer.shards)
+        effects = self._outdated(work.task, task.worked)
+        self._sent[digest] = sent
+        return [*effects, TrainingFinished(work.task, work.offer.round, done), SendUpdate(sent)]
 
     def _failed(self, reason: str, detail: str, now: Instant) -> list[Effect]:
         work = self.work

@@ -47,7 +47,7 @@ class TaskState(Wire, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A task read back: None where nothing (or nothing whole) is stored."""
+    """A task read back: None where nothing (or nothing whole) is stored; positions hold even then."""
 
     name: str
     manifest: Signed | None
@@ -136,13 +136,11 @@ class Store:
         # A release counts as stored only if every byte of it is still what was hashed.
         whole = all(_get(folder, name) is not None for name in (state.train_graph, state.eval_graph, state.weights))
         if manifest is None or release is None or not whole:
-            return Kept(
-                folder.name, None, None, None, None, _position(state.offer_position), (state.worked[0], state.worked[1])
-            )
+            manifest = release = None
         return Kept(
             folder.name,
-            wire.unpack(manifest, Signed),
-            wire.unpack(release, Signed),
+            None if manifest is None else wire.unpack(manifest, Signed),
+            None if release is None else wire.unpack(release, Signed),
             _position(state.release_position),
             _position(state.manifest_position),
             _position(state.offer_position),

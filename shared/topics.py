@@ -5,6 +5,7 @@ A topic that does not parse is a peer's fault. The prefix is configurable; `mode
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from shared.errors import Reason, RemoteProtocolError
 from shared.messages import NAME_PATTERN
@@ -75,7 +76,7 @@ class Topics:
         """What the aggregator tells one device."""
         return f"{self.prefix}/dev/{device}/cmd/{kind}"
 
-    def aggregator_status(self, shard: int) -> str:
+    def aggregator_status(self, shard: int | Literal["+"]) -> str:
         """Presence of the aggregator of one shard, retained."""
         return f"{self.prefix}/agg/{shard}/status"
 

@@ -8,7 +8,6 @@ from msgspec import structs
 from aggregator import ca
 from edge_agent import config as settings
 from edge_agent import participation as core
-from edge_agent.jobs import Done
 from edge_agent.service import Service, Stop, restored
 from edge_agent.store import Kept, Store
 from shared import identity, signing, wire
@@ -36,8 +35,7 @@ def service(tmp_path: Path) -> Service:
 
 def test_a_result_whose_body_is_gone_is_a_failure_and_not_the_end(service: Service) -> None:
     """The trainer's word is not the file: a full or broken disk costs the update and never the agent."""
-    done = Done("job", bytes(80), 100, bytes(32), 40, 10, 10, {"loss": 1.0}, 0.5, 1.0, 1.0, 1.0, 1)
-    effect = core.SendUpdate("job", "points", 1, (1, 1), b"head", bytes(32), 1, done)
+    effect = core.SendUpdate(core.Sent("job", "points", (1, 1), b"head", bytes(32), 1))
     assert list(service.perform(effect)) == []
     assert service._counts["training_failed"] == 1
     assert service._counts["updates_sent"] == 0

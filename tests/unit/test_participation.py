@@ -30,6 +30,7 @@ from shared.messages import (
     UpdateHead,
 )
 from shared.selection import draw
+from shared.trust import Position
 from tests.records import NOW, Records, counted, later
 
 RECORDS = Records()
@@ -216,11 +217,18 @@ def test_positions_survive_a_restart() -> None:
 
 
 def test_a_device_follows_so_many_tasks_and_no_more() -> None:
-    """Names on topics cost no memory without end."""
+    """Names on topics cost no memory without end, and a task that has expired makes room."""
     bench = Bench()
-    for number in range(core.TASKS_MAX):
+    for number in range(2 * core.TASKS_MAX):
         bench.tell(core.OfferArrived(f"task-{number}", MESSAGE.manifest))
-    assert bench.refused(core.OfferArrived("one-more", MESSAGE.manifest)) is Reason.TOO_LARGE
+    assert bench.machine.tasks == {}
+    assert list(bench.machine._early) == [f"task-{core.TASKS_MAX + number}" for number in range(core.TASKS_MAX)]
+    for number in range(core.TASKS_MAX):
+        bench.machine.tasks[f"task-{number}"] = core.Task(f"task-{number}", manifest=RECORDS.manifest())
+    assert bench.refused(core.ReleaseArrived("points", MESSAGE)) is Reason.TOO_LARGE
+    bench.machine.tasks["task-7"].manifest = RECORDS.manifest(expires=int(NOW.utc))
+    assert kinds(bench.tell(core.ReleaseArrived("points", MESSAGE))) == ["ForgetTask", "KeepRelease"]
+    assert "task-7" not in bench.machine.tasks
 
 
 # -- when it trains ----------------------------------------------------------------------------------------------
@@ -338,10 +346,10 @@ def test_the_head_is_of_this_device() -> None:
     bench = Bench()
     (train,) = [each for each in bench.begin() if isinstance(each, core.Train)]
     (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
-    head = wire.unpack(send.head, UpdateHead)
+    head = wire.unpack(send.sent.head, UpdateHead)
     assert (head.context, head.certificate, head.size) == (train.context, b"certificate", 100)
-    assert send.digest == sha256(send.head).digest()
-    assert send.position == (1, 1)
+    assert send.sent.digest == sha256(send.sent.head).digest()
+    assert send.sent.position == (1, 1)
 
 
 def test_a_round_that_closes_ends_its_training() -> None:
@@ -371,7 +379,7 @@ def test_a_newer_manifest_ends_the_training_for_an_older_one() -> None:
     assert [(each.round, each.why) for each in effects if isinstance(each, core.StopTraining)] == [(5, "superseded")]
     assert "Train" in kinds(bench.offer(second))
     (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
-    assert send.position == (2, 1)
+    assert send.sent.position == (2, 1)
 
 
 def test_starts_are_spread() -> None:
@@ -460,16 +468,63 @@ def test_a_receipt_settles_the_update() -> None:
     (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
 
     def receipt(device: str = "sensor-1") -> core.ReceiptArrived:
-        record = Receipt(1, send.digest, "points", 1, device, Outcome.ACCEPTED, "")
+        record = Receipt(1, send.sent.digest, "points", 1, device, Outcome.ACCEPTED, "")
         return core.ReceiptArrived(signing.sign(record, Role.AGGREGATOR, RECORDS.aggregator))
 
     assert bench.refused(receipt("sensor-2")) is Reason.WRONG_DEVICE
     forged = signing.sign(
-        Receipt(1, send.digest, "points", 1, "sensor-1", Outcome.ACCEPTED, ""), Role.AGGREGATOR, RECORDS.publisher
+        Receipt(1, send.sent.digest, "points", 1, "sensor-1", Outcome.ACCEPTED, ""), Role.AGGREGATOR, RECORDS.publisher
     )
     assert bench.refused(core.ReceiptArrived(forged)) is Reason.UNKNOWN_KEY
     assert kinds(bench.tell(receipt())) == ["Settled"]
     assert bench.tell(receipt()) == []
+
+
+def test_what_nobody_answered_is_sent_again() -> None:
+    """When an aggregator says that it is there: the identical head, a little later, until it is answered."""
+    bench = Bench()
+    bench.begin()
+    (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
+    assert kinds(bench.tell(core.AggregatorSaid(False))) == []
+    assert "SendUpdate" not in kinds(bench.tell(core.AggregatorSaid(True)))
+    again = [each for each in bench.after(core.RESEND_SPREAD) if isinstance(each, core.SendUpdate)]
+    assert again == [send]
+    record = Receipt(1, send.sent.digest, "points", 1, "sensor-1", Outcome.ACCEPTED, "")
+    bench.tell(core.ReceiptArrived(signing.sign(record, Role.AGGREGATOR, RECORDS.aggregator)))
+    bench.tell(core.AggregatorSaid(True))
+    assert "SendUpdate" not in kinds(bench.after(core.RESEND_SPREAD))
+
+
+def test_what_nobody_answered_is_dropped_with_its_round() -> None:
+    """A newer round means that it can count no more."""
+    bench = Bench()
+    bench.begin()
+    (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
+    dropped = [each.sent for each in bench.offer(number=2) if isinstance(each, core.DropUpdate)]
+    assert dropped == [send.sent]
+    bench.tell(core.AggregatorSaid(True))
+    assert "SendUpdate" not in kinds(bench.after(core.RESEND_SPREAD))
+
+
+def test_a_damaged_release_is_taken_again_and_an_older_one_is_not() -> None:
+    """The position outlives the files."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick())
+    position = Position((1, 3), signing.digest(RECORDS.message(number=3).release))
+    bench.machine.tasks["points"] = core.Task("points", release_position=position)
+    assert bench.refused(core.ReleaseArrived("points", RECORDS.message(number=2))) is Reason.ROLLBACK
+    assert kinds(bench.tell(core.ReleaseArrived("points", RECORDS.message(number=3)))) == ["KeepRelease"]
+
+
+def test_one_failure_does_not_cost_the_next_round() -> None:
+    """But a device that fails in every round does not start a trainer for each."""
+    bench = Bench()
+    bench.begin()
+    bench.tell(core.TrainerGone("killed", "signal 9"))
+    assert "Train" in kinds(bench.offer(number=2))
+    bench.tell(core.TrainerGone("killed", "signal 9"))
+    assert "Train" not in kinds(bench.offer(number=3))
+    assert "Train" in kinds(bench.after(120))
 
 
 def test_birth_and_change_are_told() -> None:
@@ -570,9 +625,9 @@ def test_whatever_happens(steps: list[tuple[str, int]]) -> None:
                     bench.tell(core.Disconnected())
         except RemoteProtocolError:
             pass
-    sent = [each.round for each in bench.effects if isinstance(each, core.SendUpdate)]
+    sent = [each.round for each in bench.effects if isinstance(each, core.TrainingFinished)]
     assert sent == sorted(set(sent))
-    ends = (core.SendUpdate, core.TrainingFailed, core.StopTraining)
+    ends = (core.TrainingFinished, core.TrainingFailed, core.StopTraining)
     turns = [each for each in bench.effects if isinstance(each, (core.Train, *ends))]
     for before, after in pairwise(turns):
         assert not (isinstance(before, core.Train) and isinstance(after, core.Train))

@@ -250,7 +250,7 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class StoreRelease:
-    """Record the new release and its round's end together, then erase the round's key and bodies."""
+    """Record the new release and its round's end together."""
 
     manifest_version: int
     round_number: int
@@ -258,6 +258,16 @@ class StoreRelease:
     signed: Signed
     updates: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EraseRound:
+    """Once its release is out: erase the round's key, its bodies and the weights that it replaced."""
+
+    task: str
+    manifest_version: int
+    number: int
+    replaced: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +301,7 @@ Effect = (
     | Recall
     | Reduce
     | StoreRelease
+    | EraseRound
     | AbandonRound
     | FinishTask
 )
@@ -316,8 +327,6 @@ class Task:
     """The round's private key is gone (a restored backup has none), so nothing sealed to it can be opened."""
     live: set[str] = field(default_factory=set)
     """Devices whose newest word is that they would train this task."""
-    previous_weights: bytes | None = None
-    """Name of the weights that the newest release replaced."""
 
     @property
     def phase(self) -> str:
@@ -576,14 +585,15 @@ class Coordinator:
             restores=None,
         )
         signed = self.sign(release)
-        task.previous_weights = task.release.weights.sha256
+        replaced = task.release.weights.sha256
         task.release, task.release_signed, task.closing = release, signed, None
         updates, seconds = len(closed.accepted), now.utc - closed.opened
         effects: list[Effect] = [
             StoreRelease(task.manifest.version, closed.number, release, signed, updates, seconds),
             PublishRelease(event.task, release.number, announce=True),
+            *self._go_on(task, now),
         ]
-        return effects + self._go_on(task, now)
+        return [*effects, EraseRound(event.task, task.manifest.version, closed.number, replaced)]
 
     def _round_spoilt(self, event: RoundSpoilt, now: Instant) -> list[Effect]:
         task = self.tasks[event.task]

@@ -344,10 +344,13 @@ class Service:
                     seconds=round(effect.seconds, 3),
                     **{f"metric_{name}": round(value, 6) for name, value in release.metrics.items()},
                 )
-                self._forget_round(release.task, effect.manifest_version, effect.round_number)
+            case core.EraseRound():
+                self._erase_round(effect.task, effect.manifest_version, effect.number)
+                if effect.replaced not in self._store.weights_in_use():
+                    self._blobs.delete(effect.replaced)
             case core.AbandonRound():
                 tell(Event.ROUND_ABANDONED, task=effect.task, round=effect.number, how=effect.how)
-                self._forget_round(effect.task, effect.manifest_version, effect.number)
+                self._erase_round(effect.task, effect.manifest_version, effect.number)
             case core.FinishTask():
                 tell(Event.TASK_FINISHED, task=effect.task, rounds=effect.rounds)
             case _:
@@ -382,7 +385,13 @@ class Service:
 
     def _reduce(self, effect: core.Reduce) -> core.RoundReduced | core.RoundSpoilt:
         manifest, release = effect.manifest, effect.release
-        fold = self._fold(manifest, release.task, effect.number)
+        spoilt = core.RoundSpoilt(manifest.task, manifest.version, effect.number)
+        try:
+            fold = self._fold(manifest, release.task, effect.number)
+        except (LocalProtocolError, RemoteProtocolError) as error:
+            # What was collected is damaged on disk: the round is lost, the task goes on.
+            self._tell_spoilt(spoilt, Reason.WRONG_DIGEST, str(error))
+            return spoilt
         base = tensors.load(self._blobs.get(release.weights.sha256), manifest.layout)
         flat = tensors.flatten(manifest.layout, base)
         mean = fold.mean()
@@ -392,30 +401,23 @@ class Service:
             weights = tensors.save(manifest.layout, tensors.unflatten(manifest.layout, flat, base))
         except RemoteProtocolError as error:
             # Every update was finite and clipped, yet their mean takes a weight out of its type's range.
-            self._refused[error.reason.value] += 1
-            tell(
-                Event.MESSAGE_REFUSED,
-                task=manifest.task,
-                round=effect.number,
-                reason=error.reason.value,
-                detail=error.detail,
-            )
-            return core.RoundSpoilt(manifest.task, manifest.version, effect.number)
+            self._tell_spoilt(spoilt, error.reason, error.detail)
+            return spoilt
         name = self._blobs.put(weights)
         rows = self._store.contributions(manifest.task, manifest.version, effect.number)
         metrics = validate.pooled([(row.metrics, row.holdout) for row in rows])
         weights_ref = BlobRef(sha256=name, size=len(weights))
         return core.RoundReduced(manifest.task, manifest.version, effect.number, weights_ref, metrics)
 
-    def _forget_round(self, task: str, version: int, number: int) -> None:
+    def _tell_spoilt(self, spoilt: core.RoundSpoilt, reason: Reason, detail: str) -> None:
+        self._refused[reason.value] += 1
+        tell(Event.MESSAGE_REFUSED, task=spoilt.task, round=spoilt.number, reason=reason.value, detail=detail)
+
+    def _erase_round(self, task: str, version: int, number: int) -> None:
         self._folds.pop((task, version, number), None)
         self._key_file(task, version, number).unlink(missing_ok=True)
         for row in self._store.contributions(task, version, number):
             self._blobs.delete(row.body)
-        used = self._store.weights_in_use()
-        parent = self._coordinator.tasks[task].previous_weights
-        if parent is not None and parent not in used:
-            self._blobs.delete(parent)
 
     # -- updates --
 
@@ -618,7 +620,8 @@ def _restore(stored: StoredTask, now: Instant) -> Task:
         found.number,
         manifest.plan,
         offer.participation,
-        now.mono + max(0.0, min(offer.deadline - now.utc, float(manifest.plan.max_extension))),
+        now.mono
+        + max(0.0, min(offer.deadline - now.utc, float(max(manifest.plan.deadline, manifest.plan.max_extension)))),
         found.opened,
         found.extensions,
         {row.device: row.head_digest for row in stored.contributions},

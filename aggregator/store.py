@@ -337,6 +337,8 @@ class Blobs:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
+        for left in directory.glob(".*.new"):
+            left.unlink()  # a crash came while it was written
         # A disk syncs several files at once in little more than the time of one.
         self._writers = ThreadPoolExecutor(_WRITERS, "blobs")
 

@@ -235,3 +235,21 @@ def test_the_key_of_a_round_that_is_over_is_gone(bench: Bench) -> None:
     assert [path.name for path in bench.service._keys.iterdir()] == [f"{TASK}.2.1"]
     bench.batch(bench.sent(records.update(bench.device, bench.offer)))
     assert [path.name for path in bench.service._keys.iterdir()] == [f"{TASK}.2.2"]
+
+
+def test_a_round_whose_updates_are_damaged_on_disk_is_given_up(bench: Bench) -> None:
+    """After a restart the fold is made from the disk; what is damaged there costs its round, not the task."""
+    bench.adopt(2, plan=Plan(goal=2, min_updates=1, rounds=5, deadline=60))
+    bench.batch(bench.sent(records.update(bench.device, bench.offer)))
+    bench.service._folds.clear()
+    state = Path(bench.service._config.state.directory)
+    body = records.update(bench.device, bench.offer).body
+    assert body is not None
+    damaged = [path for path in (state / "blobs").iterdir() if path.stat().st_size == len(body)]
+    for path in damaged:
+        path.write_bytes(records.flip(path.read_bytes(), 9))
+    assert damaged
+    bench.batch(bench.sent(records.update(bench.other, bench.offer), bench.other))
+    assert bench.offer.round == 2
+    assert bench.service._coordinator.tasks[TASK].release.number == 0
+    assert bench.service._refused[Reason.WRONG_DIGEST.value] == 1

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that talk to a real mosquitto: one fleet for the session, one fresh broker for each module."""
+"""Fixtures of the tests that talk to a real mosquitto: a fleet and a broker for each module."""
 
 import shutil
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.broker)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """A fleet's folder; its broker does not run yet."""
     if shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin") is None:

@@ -3,7 +3,6 @@
 Device i contributes the unit vector e_i: after any crash each cell of the sum must be what its device sent, once.
 """
 
-import os
 import random
 import shutil
 import signal
@@ -60,14 +59,12 @@ class Yard(Site):
         since = len(self.daemon.read())
         self.daemon.start()
         self.daemon.wait("link.up", since)
+        self.fence()
         return since
 
     def kill(self) -> None:
         """End it as a power cut would."""
-        child = self.daemon._child
-        assert child is not None
-        child.kill()
-        child.wait()
+        self.daemon.kill()
 
     def reconnect(self) -> None:
         """The site's own peers come back after the broker did."""
@@ -135,24 +132,17 @@ class Yard(Site):
 
 @pytest.fixture
 def yard(fleet: Fleet) -> Iterator[Yard]:
-    """An aggregator without a past, on an empty broker, with eight devices online."""
+    """An aggregator without a past, on an empty broker, with eight devices online; it must end cleanly."""
     fleet.fresh_broker()
     shutil.rmtree(fleet.folder / "aggregator" / "state", ignore_errors=True)
     (fleet.folder / "aggregator" / "aggregator.log").write_bytes(b"")
     made = Yard(fleet)
-    made.start()
-    made.everybody()
-    try:
+    with made.daemon:
+        made.start()
+        made.everybody()
         yield made
-        code = made.daemon.stop()
-        assert code == 0
+        assert made.daemon.stop() == 0
         made.daemon.read()
-    finally:
-        child = made.daemon._child
-        if child is not None and child.poll() is None:
-            child.kill()
-            child.wait()
-        fleet.broker.stop()
 
 
 def cells(*numbers: int, value: float = 1.0) -> list[float]:
@@ -405,11 +395,8 @@ def test_stopped(yard: Yard, number: signal.Signals) -> None:
     """A signal ends it in order within seconds: status 0, offline on the broker, no status file, round kept open."""
     yard.task("main", plan=plan(2), algorithm=UNIFORM)
     yard.give(0)
-    child = yard.daemon._child
-    assert child is not None
     began = time.monotonic()
-    os.kill(yard.daemon.pid, number)
-    assert child.wait(20) == 0
+    assert yard.daemon.stop(number) == 0
     assert time.monotonic() - began < 5
     assert yard.daemon.read()[-1]["event"] == "daemon.stopped"
     assert not (yard.state / "status.json").exists()

@@ -20,7 +20,7 @@ from shared.errors import ConfigError, LinkError
 from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will
 from shared.topics import RELEASE, Topics
 from tests.broker.broker import HOST, Fleet, Identity, Peer, make_fleet
-from tests.hostile.daemon import until
+from tests.hostile.daemon import LEASH, until
 
 K = TypeVar("K", bound=LinkEvent)
 TOPICS = Topics()
@@ -293,7 +293,7 @@ def test_what_was_not_acknowledged_comes_back(ear: Open, fleet: Fleet) -> None:
     arguments = [str(fleet.port), str(fleet.authority), str(identity.certificate), str(identity.key), "4"]
     top = str(Path(__file__).resolve().parents[2])
     with subprocess.Popen(
-        [sys.executable, "-c", CLIENT, *arguments],
+        [*LEASH, sys.executable, "-c", CLIENT, *arguments],
         stdout=subprocess.PIPE,
         text=True,
         cwd=top,

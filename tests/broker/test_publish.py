@@ -4,11 +4,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from edge_agent import cli as edge_agent_cli
 from shared import signing, topics, wire
 from shared.messages import AggregatorStatus, ReleaseMessage, Role
 from tests.broker.broker import HOST, Fleet, Peer
+from tests.hostile.daemon import Daemon, until
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "examples" / "digits"
@@ -259,20 +258,16 @@ def test_export_refuses_what_does_not_verify(fleet: Fleet, built: Path, tmp_path
 def aggregator(fleet: Fleet, tmp_path: Path) -> Iterator[list[str]]:
     """A running aggregator with a state of its own; the option that names its configuration. It must end cleanly."""
     copy = tmp_path / "aggregator"
-    shutil.copytree(fleet.folder / "aggregator", copy)
-    config = ["--config", str(copy / "aggregator.toml")]
-    log = tmp_path / "log"
-    with log.open("wb") as file:
-        daemon = subprocess.Popen(
-            [sys.executable, "-m", "aggregator.cli", "run", *config], cwd=ROOT, stderr=file, stdout=file
-        )
-    try:
-        yield config
-    finally:
-        daemon.send_signal(signal.SIGTERM)
-        code = daemon.wait(30)
-    assert (code, b"Traceback" in log.read_bytes()) == (0, False), log.read_text()
-    assert cli.main(["status", *config]) == 5
+    shutil.copytree(fleet.folder / "aggregator", copy, ignore=shutil.ignore_patterns("state", "*.log"))
+    config = copy / "aggregator.toml"
+    with Daemon("aggregator", config) as daemon:
+        daemon.start()
+        # Before that a signal ends it, rightly, without a word.
+        daemon.wait("link.up")
+        yield ["--config", str(config)]
+        assert daemon.stop() == 0
+        assert daemon.read()[-1]["event"] == "daemon.stopped"
+    assert cli.main(["status", "--config", str(config)]) == 5
 
 
 def test_the_real_aggregator_takes_a_release(
@@ -286,20 +281,19 @@ def test_the_real_aggregator_takes_a_release(
     assert [(task["task"], task["release"]) for task in tasks] == [("digits", 0)]
     out = tmp_path / "digits.safetensors"
     assert cli.main(["model", "export", "digits", "-o", str(out), "--fleet", str(fleet.folder)]) == 0
-    end = time.monotonic() + 30
-    while cli.main(["status", *aggregator, "--json"]) != 0:
-        assert time.monotonic() < end
+    until(lambda: cli.main(["status", *aggregator, "--json"]) == 0 or None, "a status file")
 
 
 @pytest.mark.usefixtures("aggregator")
 def test_the_examples_readme_works(fleet: Fleet, tmp_path: Path) -> None:
-    """Every shell block of the example's README runs as it stands, in order."""
+    """The shell blocks for a fleet of one's own run as they stand, in order."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "fleet").symlink_to(fleet.folder)
     (site / "examples").symlink_to(ROOT / "examples")
     text = (DIGITS / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    demo, *blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert all(line.startswith("make demo") for line in demo.splitlines())  # tests/system/test_demo.py runs it
     assert len(blocks) == 2
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for block in blocks:

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that send bad input to real daemons: one fleet for the session, one broker a module."""
+"""Fixtures of the tests that send bad input to real daemons: a fleet and a broker for each module."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import pytest
 
 from aggregator.broker import Broker
 from tests.broker.broker import Fleet, make_fleet
-from tests.hostile.site import Site, make_site
+from tests.hostile.site import Site
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,12 +38,10 @@ def broker(fleet: Fleet) -> Iterator[Broker]:
 @pytest.fixture(scope="module")
 def site(fleet: Fleet, broker: Broker) -> Iterator[Site]:
     """A running aggregator; it must still be there at the end, and leave in order."""
-    made = make_site(fleet)
-    try:
+    made = Site(fleet)
+    with made.daemon:
+        made.begin()
         yield made
         made.audit()
-        assert made.daemon.pid
-    finally:
-        code = made.daemon.stop()
-    made.daemon.read()
-    assert code == 0
+        assert made.daemon.stop() == 0
+        made.daemon.read()

@@ -1,17 +1,22 @@
 """A real daemon as a child process, and its log as a test reads it: JSON lines and nothing else."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
 
 Line = dict[str, Any]
 T = TypeVar("T")
 PATIENCE = 30.0
 """Seconds that anything may take on a busy machine."""
+LEASH = [found, "--pdeathsig", "KILL", "--"] if (found := shutil.which("setpriv")) else []
+"""Before a command: it dies with the tests, whatever ends those, where the system can promise it."""
 
 
 def until(found: Callable[[], T | None], what: str, seconds: float = PATIENCE) -> T:
@@ -26,11 +31,14 @@ def until(found: Callable[[], T | None], what: str, seconds: float = PATIENCE) -
 
 
 class Daemon:
-    """`aggregator run` or `edge-agent run` with its log in a file beside the configuration."""
+    """`aggregator run` or `edge-agent run` with its log in a file beside the configuration.
+
+    Used as a context it is killed at the end if it still runs then: the end of a test that failed.
+    """
 
     def __init__(self, package: Literal["aggregator", "edge_agent"], config: Path) -> None:
         self.log = config.with_suffix(".log")
-        self._command = [sys.executable, "-m", f"{package}.cli", "run", "--config", str(config)]
+        self._command = [*LEASH, sys.executable, "-m", f"{package}.cli", "run", "--config", str(config)]
         self._child: subprocess.Popen[bytes] | None = None
         self._offset, self._rest = 0, b""
         self.lines: list[Line] = []
@@ -46,16 +54,34 @@ class Daemon:
         with self.log.open("ab") as log:
             self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
-    def stop(self) -> int:
+    def stop(self, by: signal.Signals = signal.SIGTERM) -> int:
         """End it as systemd would; its exit status."""
         assert self._child is not None
-        self._child.terminate()
+        self._child.send_signal(by)
+        return self.ended()
+
+    def ended(self) -> int:
+        """The exit status of one that was told to end."""
+        assert self._child is not None
         try:
             return self._child.wait(20)
         except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End it as a power cut would; nothing happens if it does not run."""
+        if self._child is not None:
             self._child.kill()
             self._child.wait()
-            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
 
     def read(self) -> list[Line]:
         """All lines so far; a line that is no JSON object (a traceback) fails the test."""

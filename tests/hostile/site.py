@@ -29,7 +29,7 @@ from shared.opset import OPSET_VERSION
 from shared.selection import draw
 from tests.broker.broker import Fleet, Peer
 from tests.hostile import records
-from tests.hostile.daemon import PATIENCE, Daemon, Line, until
+from tests.hostile.daemon import Daemon, Line, until
 from tests.hostile.records import Device, Update
 
 FENCE = "zz-fence"
@@ -73,6 +73,22 @@ class Site:
         self._good = self._fences = 0
         self.manifests: dict[str, TaskManifest] = {}
         self.messages: dict[str, ReleaseMessage] = {}
+
+    def begin(self) -> None:
+        """Start the aggregator, with the tasks that the cases speak of.
+
+        main: one round that takes any number of updates. picky: wants one of two devices. short: a release each update.
+        """
+        shutil.rmtree(self._state, ignore_errors=True)
+        (self.fleet.folder / "aggregator" / "deny.txt").write_text("denied\n")
+        self.daemon.start()
+        self.daemon.wait("link.up")
+        self.fence()
+        for device in ("live-1", "live-2"):
+            self.online(device)
+        self.task("main")
+        self.task("picky", plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600, over_select=1.0))
+        self.task("short", plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600, over_select=9.0))
 
     # -- doing ---------------------------------------------------------------------------------------------------
 
@@ -165,25 +181,21 @@ class Site:
         if not silent:
             until(lambda: self.daemon.read()[start:] or None, "any word of the aggregator")
         self.fence()
-        self.fence()  # what follows from the same batch is done before the next begins
         return [line for line in self.daemon.lines[start:] if FENCE not in line.get("topic", "")]
 
     def fence(self) -> None:
-        """Return when all that was sent before has been dealt with."""
-        assert self.fenced(PATIENCE), "the aggregator does not answer any more"
+        """Return when the aggregator is there and all that was sent before has been dealt with and kept."""
+        for _ in range(2):  # what follows from the first one's batch is done before the next batch begins
+            self._fences += 1
+            start, topic = len(self.daemon.lines), f"fl/up/0/{FENCE}/{self._fences}"
 
-    def fenced(self, seconds: float) -> bool:
-        """Whether the aggregator hears of something so soon."""
-        self._fences += 1
-        topic = f"fl/up/0/{FENCE}/{self._fences}"
-        assert self._fence.publish(topic, b"") < 128
-        end = time.monotonic() + seconds
-        while not any(line.get("topic") == topic for line in reversed(self.daemon.read())):
-            assert self.daemon.pid
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.002)
-        return True
+            def heard(topic: str = topic) -> bool | None:
+                assert self.daemon.pid
+                # Its link is up before the broker has granted what it asks for; 16 says that nobody listens yet.
+                return self._fence.publish(topic, b"") == 0 or None
+
+            until(heard, "a subscriber")
+            self.daemon.wait("message.refused", start, topic=topic)
 
     def audit(self) -> None:
         """The counters that `aggregator status` shows are those of the log: no line without its count, nor the reverse.
@@ -220,23 +232,3 @@ class Site:
         left = [name for name in names if draw(task, version, offered.round, name) >= offered.participation]
         assert left, "the round wants everybody"
         return left[0]
-
-
-def make_site(fleet: Fleet) -> Site:
-    """The aggregator running, with the tasks that the cases speak of.
-
-    main: one round that takes any number of updates. picky: wants one of two devices. short: a release each update.
-    """
-    shutil.rmtree(fleet.folder / "aggregator" / "state", ignore_errors=True)
-    (fleet.folder / "aggregator" / "deny.txt").write_text("denied\n")
-    site = Site(fleet)
-    site.daemon.start()
-    site.daemon.wait("link.up")
-    # It has asked for its topics just then; the broker tells nobody else when it has granted them.
-    until(lambda: site.fenced(0.2) or None, "the aggregator's subscriptions")
-    for device in ("live-1", "live-2"):
-        site.online(device)
-    site.task("main")
-    site.task("picky", plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600, over_select=1.0))
-    site.task("short", plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600, over_select=9.0))
-    return site

@@ -22,7 +22,8 @@ RELEASES, ROUNDS, RECEIPTS = "models/main/release", "models/main/round", f"fl/de
 def field(fleet: Fleet, broker: Broker) -> Iterator[Field]:
     """An agent without data, so it never trains; it holds version 5 of `main`, release 3 and the offer of round 2."""
     made = Field(fleet)
-    try:
+    with made.daemon:
+        made.start()
         made.task("main", HELD)
         for _ in range(3):
             made.next_release("main")
@@ -33,10 +34,8 @@ def field(fleet: Fleet, broker: Broker) -> Iterator[Field]:
         yield made
         assert made.daemon.pid
         assert [line["event"] for line in made.daemon.read()].count("daemon.started") == 1
-    finally:
-        code = made.daemon.stop()
-    made.daemon.read()
-    assert code == 0
+        assert made.daemon.stop() == 0
+        made.daemon.read()
 
 
 OFFER: RoundOffer

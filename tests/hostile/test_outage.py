@@ -20,15 +20,12 @@ def daemons(fleet: Fleet) -> Iterator[list[Daemon]]:
         Daemon("aggregator", fleet.folder / "aggregator" / "aggregator.toml"),
         Daemon("edge_agent", configuration(fleet)),
     ]
-    for daemon in made:
-        daemon.start()
-    try:
+    with made[0], made[1]:
+        for daemon in made:
+            daemon.start()
         yield made
         assert all(daemon.pid for daemon in made)
-    finally:
-        codes = [daemon.stop() for daemon in made]
-        fleet.broker.stop()
-    assert codes == [0, 0]
+        assert [daemon.stop() for daemon in made] == [0, 0]
     for daemon in made:
         told = [line["event"] for line in daemon.read()]
         assert (told.count("daemon.started"), told[-1]) == (1, "daemon.stopped")

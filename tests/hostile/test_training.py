@@ -86,16 +86,15 @@ def field(fleet: Fleet, broker: Broker, tmp_path_factory: pytest.TempPathFactory
         "\n".join(f'[data.{dataset(file)}]\npath = "{folder / file}"' for file in [*BAD, "good.npz"])
         + "\n[trainer]\nthreads = 1\n",
     )
-    try:
+    with made.daemon:
+        made.start()
         yield made
         assert made.daemon.pid
         told = [line["event"] for line in made.daemon.read()]
         assert told.count("daemon.started") == 1
         assert "trainer.said" not in told  # nothing went wrong that nobody foresaw
-    finally:
-        code = made.daemon.stop()
-    made.daemon.read()
-    assert code == 0
+        assert made.daemon.stop() == 0
+        made.daemon.read()
 
 
 def contract(file: str, examples: int = 10) -> DataContract:

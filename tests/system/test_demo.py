@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from examples.digits.report import ENOUGH
+from tests.hostile.daemon import LEASH
 
 ROOT = Path(__file__).parents[2]
 DEVICES, ROUNDS = 4, 6
@@ -31,7 +32,7 @@ pytestmark = [
 
 def _command(folder: Path, devices: int, rounds: int) -> list[str]:
     options = ["--devices", str(devices), "--rounds", str(rounds), "--folder", str(folder)]
-    return [sys.executable, "-m", "examples.digits.demo", *options]
+    return [*LEASH, sys.executable, "-m", "examples.digits.demo", *options]
 
 
 class Running:

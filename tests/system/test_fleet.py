@@ -122,10 +122,7 @@ class Device:
 
     def kill(self) -> None:
         """End the agent as the kernel would."""
-        child = self.daemon._child
-        assert child is not None
-        child.kill()
-        child.wait()
+        self.daemon.kill()
 
     def contributes(self, since: int) -> Line:
         """An update of it is accepted."""
@@ -179,10 +176,7 @@ class Running:
     def end(self) -> None:
         """Whatever became of them, no process is left."""
         for daemon in self.daemons:
-            child = daemon._child
-            if child is not None and child.poll() is None:
-                child.kill()
-                child.wait()
+            daemon.kill()
         self.fleet.broker.kill()
 
     def _run(self, *words: str) -> None:
@@ -383,7 +377,7 @@ def test_stopped_and_started(running: Running) -> None:
     for daemon in running.daemons:
         os.kill(daemon.pid, signal.SIGTERM)
     for daemon in running.daemons:
-        assert daemon._child is not None and daemon._child.wait(20) == 0
+        assert daemon.ended() == 0
     assert time.monotonic() - began < 8.0
     for pid in trainers:
         gone(pid)

@@ -29,6 +29,7 @@ from edge_agent import cli as agent_cli
 from shared.events import Event
 from shared.logs import sentence
 from shared.messages import Conditions, DataContract, Plan
+from tests.hostile.daemon import LEASH
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -232,7 +233,7 @@ class Walk:
             self.broker_process.stop()
 
     def _start(self, program: str, config: Path) -> None:
-        command = [str(Path(sys.executable).parent / program), "run", "--config", str(config)]
+        command = [*LEASH, str(Path(sys.executable).parent / program), "run", "--config", str(config)]
         with (self.home / f"{program}.log").open("wb") as log:
             self.daemons[program] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.until(program, "Link up")

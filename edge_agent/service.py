@@ -32,7 +32,7 @@ from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, Re
 from shared.events import Event
 from shared.logs import tell
 from shared.machine import Instant, Tick
-from shared.messages import DeviceStatus, Release, ReleaseMessage, Signed, TaskManifest, UpdateMessage
+from shared.messages import AggregatorStatus, DeviceStatus, Release, ReleaseMessage, Signed, TaskManifest, UpdateMessage
 from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will
 from shared.selection import shard
 from shared.systemd import ServiceManager
@@ -196,6 +196,9 @@ class Service:
             raise RemoteProtocolError(Reason.TOO_LARGE, f"{len(message.payload)} bytes, the limit is {limit}")
         if message.topic == self._topics.command(self._device, "receipt"):
             return self._participation.handle(core.ReceiptArrived(wire.unpack(message.payload, Signed, 65_536)), now)
+        if message.topic.startswith(f"{self._topics.prefix}/agg/"):
+            status = wire.unpack(message.payload, AggregatorStatus, 65_536)
+            return self._participation.handle(core.AggregatorSaid(status.online), now)
         if message.topic.endswith("/release"):
             task = parse_task(message.topic, "release")
             release = wire.unpack(message.payload, ReleaseMessage, limit)
@@ -206,7 +209,8 @@ class Service:
     def _link_up(self, event: LinkUp, now: Instant) -> Sequence[Effect]:
         self._link_cause = ""
         tell(Event.LINK_UP, packet_max=event.packet_max)
-        self._link.subscribe(TASK_RELEASES, TASK_ROUNDS, self._topics.command(self._device, "+"))
+        receipts, aggregators = self._topics.command(self._device, "+"), self._topics.aggregator_status("+")
+        self._link.subscribe(TASK_RELEASES, TASK_ROUNDS, receipts, aggregators)
         return self._participation.handle(core.Connected(), now)
 
     def _link_down(self, cause: str, now: Instant) -> Sequence[Effect]:
@@ -265,8 +269,10 @@ class Service:
                     self._store.keep_release(effect.task, effect.message, effect.manifest_position, effect.position)
                 case core.KeepOffer():
                     self._store.keep_offer(effect.task, effect.position)
-                case core.SendUpdate():
-                    self._store.keep_worked(effect.task, effect.position)
+                case core.Settled(sent=sent):
+                    self._store.keep_worked(sent.task, sent.position)
+                case core.ForgetTask():
+                    self._store.forget(effect.task)
                 case _:
                     pass
 
@@ -290,8 +296,11 @@ class Service:
             case core.Train():
                 yield from self._train(effect)
             case core.StopTraining():
-                self._trainer.stop(kill=True)
-                self._job_pid = None
+                if effect.why in ("round_over", "superseded"):
+                    self._trainer.cancel(effect.id)
+                else:
+                    self._trainer.stop(kill=True)
+                    self._job_pid = None
                 self._drop(effect.id)
                 tell(
                     Event.TRAINING_STOPPED,
@@ -313,10 +322,16 @@ class Service:
                 )
             case core.RestTrainer():
                 self._trainer.stop()
+            case core.TrainingFinished():
+                self._training_finished(effect)
             case core.SendUpdate():
-                self._send_update(effect)
+                self._send_update(effect.sent)
             case core.Settled():
                 self._settled(effect)
+            case core.DropUpdate(sent=sent):
+                self._drop(sent.id)
+            case core.ForgetTask():
+                pass
             case core.ShowProgress(progress=progress):
                 tell(
                     Event.TRAINING_PROGRESSED,
@@ -372,7 +387,7 @@ class Service:
             tell(Event.TRAINER_STARTED, pid=self._job_pid)
         tell(Event.TRAINING_STARTED, task=manifest.task, round=offer.round, release=effect.release.number)
 
-    def _send_update(self, effect: core.SendUpdate) -> None:
+    def _training_finished(self, effect: core.TrainingFinished) -> None:
         done = effect.done
         tell(
             Event.TRAINING_FINISHED,
@@ -384,31 +399,28 @@ class Service:
             seconds=done.seconds,
             **{f"metric_{name}": value for name, value in done.metrics.items()},
         )
+
+    def _send_update(self, sent: core.Sent) -> None:
         try:
-            body = self._body(effect.id).read_bytes()
+            body = self._body(sent.id).read_bytes()
         except OSError as error:
             self._counts["training_failed"] += 1
-            tell(Event.TRAINING_FAILED, task=effect.task, round=effect.round, reason="storage", detail=error.strerror)
+            tell(Event.TRAINING_FAILED, task=sent.task, round=sent.round, reason="storage", detail=error.strerror)
             return
-        signature = identity.sign_head(self._key, effect.head)
-        message = wire.pack(UpdateMessage(v=1, head=effect.head, sig=signature, body=body))
-        topic = self._topics.head(shard(self._device, effect.shards), self._device, effect.digest.hex()[:32])
-        self._last_update = {"task": effect.task, "round": effect.round, "outcome": "sent"}
+        signature = identity.sign_head(self._key, sent.head)
+        message = wire.pack(UpdateMessage(v=1, head=sent.head, sig=signature, body=body))
+        topic = self._topics.head(shard(self._device, sent.shards), self._device, sent.digest.hex()[:32])
+        self._last_update = {"task": sent.task, "round": sent.round, "outcome": "sent"}
         if self._publish(topic, message):
             self._counts["updates_sent"] += 1
-            tell(Event.UPDATE_SENT, task=effect.task, round=effect.round, bytes=len(message))
-        self._drop(effect.id)
+            tell(Event.UPDATE_SENT, task=sent.task, round=sent.round, bytes=len(message))
 
     def _settled(self, effect: core.Settled) -> None:
-        self._counts[f"updates_{effect.outcome.value}"] += 1
-        self._last_update = {"task": effect.task, "round": effect.round, "outcome": effect.outcome.value}
-        tell(
-            Event.UPDATE_ANSWERED,
-            task=effect.task,
-            round=effect.round,
-            outcome=effect.outcome.value,
-            reason=effect.reason or None,
-        )
+        sent, outcome = effect.sent, effect.outcome.value
+        self._drop(sent.id)
+        self._counts[f"updates_{outcome}"] += 1
+        self._last_update = {"task": sent.task, "round": sent.round, "outcome": outcome}
+        tell(Event.UPDATE_ANSWERED, task=sent.task, round=sent.round, outcome=outcome, reason=effect.reason or None)
 
     def _body(self, job: str) -> Path:
         return self._store.outbox / f"{job}.body"
@@ -502,7 +514,13 @@ def run(config: AgentConfig) -> None:
 
 def restored(kept: Kept, trust: Trust, now: float) -> Task | None:
     """A task as the store knows it; None if the root, which may be a newer one, does not stand behind it."""
-    task = Task(kept.name, offer_position=kept.offer_position, worked=kept.worked)
+    task = Task(
+        kept.name,
+        manifest_position=kept.manifest_position,
+        release_position=kept.release_position,
+        offer_position=kept.offer_position,
+        worked=kept.worked,
+    )
     if kept.manifest is None or kept.release is None:
         return task
     try:
@@ -514,7 +532,6 @@ def restored(kept: Kept, trust: Trust, now: float) -> Task | None:
         manifest = wire.unpack(kept.manifest.payload, TaskManifest)
         task.release = wire.unpack(kept.release.payload, Release)
         task.manifest_signed, task.manifest = kept.manifest, manifest
-        task.manifest_position, task.release_position = kept.manifest_position, kept.release_position
     return task
 
 

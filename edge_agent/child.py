@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Final, Literal
 
 from edge_agent import jobs
-from edge_agent.jobs import Done, Failed, Job, Order, Progress
+from edge_agent.jobs import Cancel, Done, Failed, Job, Order, Progress
 from shared.errors import RemoteProtocolError, TrainingError
 
 Cause = Literal["stopped", "exited", "crashed", "killed", "garbled"]
@@ -112,6 +112,15 @@ class Trainer:
         assert self._child is not None
         self._child.orders.put(jobs.frame(Order(job)))
         return pid
+
+    def cancel(self, id: str) -> None:
+        """Have the child drop this job, before it starts or between two of its batches, and stay warm for the next.
+
+        Its answer is Failed("cancelled"), or Done with the body at its `output` if it was at its end; until then the
+        child is at work. No effect without a child, nor for a job that is unknown or finished.
+        """
+        if self._child is not None:
+            self._child.orders.put(jobs.frame(Order(Cancel(id))))
 
     def stop(self, kill: bool = False) -> None:
         """End the child: no more jobs, then SIGTERM, then SIGKILL; with `kill` SIGKILL at once. No child, no effect."""

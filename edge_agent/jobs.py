@@ -31,7 +31,9 @@ ORDER_MAX = 8 << 20
 SAID_MAX = 64 << 10
 """Bytes of one frame from the trainer."""
 
-FailureReason = Literal["data", "graph", "weights", "unsupported", "not_finite", "out_of_memory", "storage"]
+FailureReason = Literal[
+    "data", "graph", "weights", "unsupported", "not_finite", "out_of_memory", "storage", "cancelled"
+]
 
 Path = Annotated[str, Meta(min_length=1, max_length=4096)]
 
@@ -43,7 +45,7 @@ class Source(Wire, frozen=True):
     path: Path
 
 
-class Job(Wire, frozen=True):
+class Job(Wire, frozen=True, tag="job"):
     """One round's work for the trainer. Paths are absolute; `output` is where the sealed body must appear."""
 
     id: Label
@@ -68,10 +70,19 @@ class Job(Wire, frozen=True):
     threads: Annotated[int, Meta(ge=1, le=1024)] = 1
 
 
+class Cancel(Wire, frozen=True, tag="cancel"):
+    """The job with this id, if it is not finished, is not wanted any more: Failed("cancelled") is soon its answer.
+
+    Done may still be the answer, when the job was at its end. For any other id a cancel does nothing.
+    """
+
+    id: Label
+
+
 class Order(Wire, frozen=True):
     """A frame to the trainer. The end of the stream means: finish and exit."""
 
-    job: Job
+    message: Job | Cancel
 
 
 class Progress(Wire, frozen=True, tag="progress"):
@@ -139,10 +150,10 @@ def frame(message: Order | Said) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def read_order(stream: Readable) -> Job | None:
-    """The next job, or None at the end of the stream; RemoteProtocolError for anything else."""
+def read_order(stream: Readable) -> Job | Cancel | None:
+    """The next job or cancel, or None at the end of the stream; RemoteProtocolError for anything else."""
     body = _read(stream, ORDER_MAX)
-    return None if body is None else wire.unpack(body, Order, ORDER_MAX).job
+    return None if body is None else wire.unpack(body, Order, ORDER_MAX).message
 
 
 def read_said(stream: Readable) -> Progress | Done | Failed | None:

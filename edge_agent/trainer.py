@@ -3,6 +3,8 @@
 `train` is the pure part: graphs, weights, examples and a seed in, delta and metrics out, the same on every run on the
 same machine. Around it: jobs come on stdin and answers go to stdout, in frames; all else that anything prints goes to
 stderr. A job that cannot be done is answered with Failed and the next one is taken; an error of ours ends the process.
+A job that is cancelled ends before its next batch or phase, as one that cannot be done. A thread only reads stdin; all
+else happens on the main thread.
 
 This process never holds a key of the device, opens no socket, and checks graphs, weights and data itself.
 """
@@ -12,11 +14,14 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import queue
 import re
 import resource
 import signal
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +33,7 @@ import torch
 from edge_agent import data, jobs
 from edge_agent.data import Examples
 from edge_agent.interpreter import Interpreter
-from edge_agent.jobs import Done, Failed, Job, Progress, Said
+from edge_agent.jobs import Cancel, Done, Failed, Job, Progress, Said
 from shared import codec, graph, sealing, tensors
 from shared.codec import Delta
 from shared.errors import Reason, RemoteProtocolError, TrainingError
@@ -39,6 +44,8 @@ State = dict[str, torch.Tensor]
 Metric = Literal["accuracy", "binary_accuracy", "rmse", "loss"]
 Told = Callable[[int, int, float], None]
 """Called with (epoch, step, mean loss of the epoch so far), both counted from 1; at an epoch's end and now and then."""
+Check = Callable[[], None]
+"""Called before every batch and every phase; what it raises ends the job there."""
 
 TELL_EVERY = 1.0
 """Seconds between two reports inside an epoch, at least."""
@@ -48,6 +55,10 @@ _HEADER_MAX = 16 << 20
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
+
+
+def unchecked() -> None:
+    """The Check of work that nobody cancels."""
 
 
 # -- the pure part -----------------------------------------------------------------------------------------------
@@ -86,7 +97,9 @@ class Model:
         graph.check(parsed, kind, self.layout, contract.inputs, contract.target)
         return Interpreter(parsed)
 
-    def evaluate(self, state: State, examples: Examples, metric: Metric, batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self, state: State, examples: Examples, metric: Metric, batch_size: int, check: Check = unchecked
+    ) -> dict[str, float]:
         """`loss` and `metric` of the weights on these examples, in eval mode; none without examples or if not finite.
 
         accuracy: share of examples whose largest output is the label's. binary_accuracy: share of targets above one
@@ -98,6 +111,7 @@ class Model:
         count = 0
         with torch.no_grad():
             for start in range(0, len(examples), batch_size):
+                check()
                 batch = [torch.from_numpy(a[start : start + batch_size]) for a in examples.arrays]
                 *outputs, loss = _run(self._eval, state, batch)
                 sums["loss"] += float(loss) * len(batch[0])
@@ -118,6 +132,7 @@ class Model:
         metric: Metric,
         seed: int,
         told: Told | None = None,
+        check: Check = unchecked,
     ) -> Trained:
         """One round: judge `weights` on the `held` examples, then train a copy of them on those to `fit`.
 
@@ -129,12 +144,12 @@ class Model:
             raise TrainingError("data", f"nothing to train on: {len(held)} examples, all in the hold-out")
         if (training.epochs > 0) == (training.steps > 0):
             raise TrainingError("unsupported", f"{training.epochs} epochs and {training.steps} steps: set exactly one")
-        metrics = self.evaluate(weights, held, metric, training.batch_size)
+        metrics = self.evaluate(weights, held, metric, training.batch_size, check)
         state = {name: tensor.clone() for name, tensor in weights.items()}
         parameters = [state[spec.name] for spec in self.layout if spec.kind == "parameter" and spec.dtype in FLOATING]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        step, loss = self._fit(state, parameters, fit, training, seed, told)
+        step, loss = self._fit(state, parameters, fit, training, seed, told, check)
         delta = self._delta(state, weights)
         if delta is None:
             raise TrainingError("not_finite", f"the weights are not finite after {step} steps; a lower rate may help")
@@ -163,6 +178,7 @@ class Model:
         training: Training,
         seed: int,
         told: Told | None,
+        check: Check,
     ) -> tuple[int, float]:
         arrays = [torch.from_numpy(a) for a in examples.arrays]
         order = torch.Generator().manual_seed(seed)
@@ -173,6 +189,7 @@ class Model:
             epoch += 1
             total, count = 0.0, 0
             for rows in _batches(len(examples), training.batch_size, order):
+                check()
                 optimizer.zero_grad()
                 (loss,) = _run(self._train, state, [array[rows] for array in arrays])
                 _backward(loss)
@@ -269,10 +286,10 @@ class Worker:
         self._model: tuple[object, Model] | None = None
         self._examples: tuple[object, tuple[Examples, Examples]] | None = None
 
-    def do(self, job: Job) -> None:
-        """Say Progress as it goes, and at the end Done or Failed."""
+    def do(self, job: Job, check: Check = unchecked) -> None:
+        """Say Progress as it goes, and at the end Done or Failed, also of what `check` raises."""
         try:
-            done = self._done(job)
+            done = self._done(job, check)
         except TrainingError as error:
             self._say(_failed(job, error.reason, error.detail))
         except MemoryError as error:
@@ -280,13 +297,17 @@ class Worker:
         else:
             self._say(done)
 
-    def _done(self, job: Job) -> Done:
+    def _done(self, job: Job, check: Check) -> Done:
+        check()
         wall, cpu = time.monotonic(), time.process_time()
         torch.set_num_threads(job.threads)
         self._say(Progress(job.id, "loading"))
         model = self._load_model(job)
+        check()
         weights = _weights(job)
+        check()
         fit, held = self._load_examples(job)
+        check()
         self._say(Progress(job.id, "evaluating"))
         training = job.training
 
@@ -294,7 +315,8 @@ class Worker:
             place = (epoch, training.epochs, step, training.steps)
             self._say(Progress(job.id, "training", *place, loss if np.isfinite(loss) else None))
 
-        trained = model.train(weights, fit, held, training, job.metric, job.seed, told)
+        trained = model.train(weights, fit, held, training, job.metric, job.seed, told, check)
+        check()
         self._say(Progress(job.id, "sealing"))
         delta, norm = clipped(trained.delta, job.clip)
         encoded = codec.encode(job.codec, delta, [size(spec) for spec in job.layout if spec.dtype in FLOATING])
@@ -303,6 +325,7 @@ class Worker:
             encapsulation, sealed = sealing.seal(header, encoded, job.hpke_key, job.context)
         except RemoteProtocolError as error:
             raise TrainingError("unsupported", error.detail) from None
+        check()
         _write(Path(job.output), sealed)
         return Done(
             job.id,
@@ -397,6 +420,66 @@ def _failed(job: Job, reason: str, detail: str) -> Failed:
 # -- the process -------------------------------------------------------------------------------------------------
 
 
+Arrived = Job | Cancel | Exception | None
+"""What came on stdin; last of all the error that ended it, or None for its proper end."""
+
+
+@dataclass(slots=True)
+class _Unfinished:
+    job: Job
+    cancelled: bool = False
+
+
+class Inbox:
+    """Jobs in the order they came. A cancel marks the unfinished job it names; one for any other job is forgotten."""
+
+    def __init__(self, arrived: queue.SimpleQueue[Arrived]) -> None:
+        self._arrived = arrived
+        self._waiting: deque[_Unfinished | Exception | None] = deque()
+        self._current: _Unfinished | None = None
+
+    def next(self) -> Job | None:
+        """Wait for the next job, which finishes the one before; None at the end, or raise the error that ended it."""
+        while not self._waiting:
+            self._take(self._arrived.get())
+        match self._waiting.popleft():
+            case _Unfinished() as found:
+                self._current = found
+                return found.job
+            case None:
+                return None
+            case error:
+                raise error
+
+    def check(self) -> None:
+        """TrainingError("cancelled") if the job that next() gave is no longer wanted."""
+        while not self._arrived.empty():
+            self._take(self._arrived.get())
+        if self._current is not None and self._current.cancelled:
+            raise TrainingError("cancelled", "no longer wanted")
+
+    def _take(self, arrived: Arrived) -> None:
+        match arrived:
+            case Job():
+                self._waiting.append(_Unfinished(arrived))
+            case Cancel(id=id):
+                for each in (self._current, *self._waiting):
+                    if isinstance(each, _Unfinished) and each.job.id == id:
+                        each.cancelled = True
+            case last:
+                self._waiting.append(last)
+
+
+def _read_orders(stream: IO[bytes], arrived: queue.SimpleQueue[Arrived]) -> None:
+    try:
+        while (order := jobs.read_order(stream)) is not None:
+            arrived.put(order)
+    except (RemoteProtocolError, MemoryError, OSError) as error:
+        arrived.put(error)  # the main thread raises it
+    else:
+        arrived.put(None)
+
+
 def main() -> None:
     """Serve jobs until stdin ends; the exit status is 0 then, 1 with a traceback on stderr after an error of ours."""
     options = argparse.ArgumentParser(prog="trainer", description="Started by edge-agent, not by hand.")
@@ -413,9 +496,11 @@ def main() -> None:
         answers.flush()
 
     torch.set_num_interop_threads(1)
-    worker = Worker(say)
-    while (job := jobs.read_order(orders)) is not None:
-        worker.do(job)
+    arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
+    threading.Thread(target=_read_orders, args=(orders, arrived), name="orders", daemon=True).start()
+    worker, inbox = Worker(say), Inbox(arrived)
+    while (job := inbox.next()) is not None:
+        worker.do(job, inbox.check)
     # Tearing torch down takes half a second and gains nothing.
     sys.stderr.flush()
     os._exit(0)

@@ -20,7 +20,7 @@ from torch import nn
 from aggregator import export
 from edge_agent import child, jobs
 from edge_agent.child import Event, Settings, Trainer, TrainerExited, TrainerSaid, TrainerWrote
-from edge_agent.jobs import Done, Failed, Job, Order, Progress, Source
+from edge_agent.jobs import Cancel, Done, Failed, Job, Order, Progress, Source
 from shared import sealing
 from shared.errors import Reason, RemoteProtocolError, TrainingError
 from shared.messages import DataContract, Sgd, TensorContract, TensorSpec, Training
@@ -214,6 +214,38 @@ def test_freeze_and_thaw(warm: Owner, job: Job) -> None:
     assert isinstance(warm.result(), Done) and warm.trainer.pid == pid
 
 
+def test_cancelled_in_training(warm: Owner, job: Job) -> None:
+    """A job that nobody wants any more ends at once, and the same warm child does the next."""
+    pid = warm.trainer.submit(endless(job))
+    warm.training()
+    warm.trainer.cancel(job.id)
+    failed = warm.result()
+    assert isinstance(failed, Failed) and (failed.id, failed.reason) == (job.id, "cancelled")
+    warm.trainer.submit(job)
+    assert isinstance(warm.result(), Done) and warm.trainer.pid == pid
+
+
+def test_cancelled_before_it_starts(warm: Owner, job: Job) -> None:
+    """A job can be cancelled while it waits for another one, which is not touched."""
+    first, second, third = (msgspec.structs.replace(endless(job), id=name) for name in ("a", "b", "c"))
+    for each in (first, second, third):
+        warm.trainer.submit(each)
+    for each in (third, second, first):
+        warm.trainer.cancel(each.id)
+    answers = [warm.result() for _ in range(3)]
+    assert [(a.id, a.reason) for a in answers if isinstance(a, Failed)] == [(i, "cancelled") for i in "abc"]
+
+
+def test_cancelled_too_late(warm: Owner, job: Job) -> None:
+    """A cancel for a job that is finished or unknown does nothing, not even to a later job of that name."""
+    pid = warm.trainer.submit(job)
+    assert isinstance(warm.result(), Done)
+    warm.trainer.cancel(job.id)
+    warm.trainer.cancel("nobody")
+    warm.trainer.submit(job)
+    assert isinstance(warm.result(), Done) and warm.trainer.pid == pid
+
+
 def test_it_gets_no_secrets(warm: Owner, job: Job) -> None:
     """The child sees neither the agent's environment nor its files, has its own session, and is the first to go."""
     inherited = os.open("/etc/hostname", os.O_RDONLY)
@@ -268,6 +300,16 @@ def test_killed_in_training_and_started_again(owner: Owner, job: Job) -> None:
     assert owner.exited() == TrainerExited(pid, "killed", None, signal.SIGKILL)
     owner.trainer.submit(job)
     assert isinstance(owner.result(), Done) and owner.trainer.pid != pid
+
+
+def test_cancelled_in_its_cold_start(owner: Owner, job: Job) -> None:
+    """A round that ends while torch is still loading costs the child nothing: it is warm for the next one."""
+    pid = owner.trainer.submit(endless(job))
+    owner.trainer.cancel(job.id)
+    owner.trainer.submit(msgspec.structs.replace(job, id="r2"))
+    failed, done = owner.result(), owner.result()
+    assert isinstance(failed, Failed) and failed.reason == "cancelled"
+    assert isinstance(done, Done) and done.id == "r2" and owner.trainer.pid == pid
 
 
 def test_stop_and_submit_at_once(owner: Owner, job: Job) -> None:
@@ -363,9 +405,10 @@ def test_no_such_python(tmp_path: Path) -> None:
 
 
 def test_nothing_to_stop() -> None:
-    """Without a child, stopping, freezing and thawing do nothing."""
+    """Without a child, stopping, cancelling, freezing and thawing do nothing."""
     trainer = Trainer(lambda event: None, Settings())
     trainer.stop()
+    trainer.cancel("r1")
     trainer.freeze()
     trainer.thaw()
     assert trainer.pid is None and not trainer.frozen
@@ -393,8 +436,9 @@ def test_the_agent_needs_no_torch() -> None:
 
 def test_frames(job: Job) -> None:
     """A frame reads back as what was written, one after the other, to the end of the stream."""
-    stream = io.BytesIO(jobs.frame(Order(job)) * 2)
-    assert jobs.read_order(stream) == job and jobs.read_order(stream) == job and jobs.read_order(stream) is None
+    stream = io.BytesIO(jobs.frame(Order(job)) * 2 + jobs.frame(Order(Cancel(job.id))))
+    assert jobs.read_order(stream) == job and jobs.read_order(stream) == job
+    assert jobs.read_order(stream) == Cancel(job.id) and jobs.read_order(stream) is None
 
 
 @pytest.mark.parametrize("cut", [1, 3, 4, 5, 100])
@@ -405,6 +449,37 @@ def test_frame_cut_short(job: Job, cut: int) -> None:
     with pytest.raises(RemoteProtocolError) as caught:
         jobs.read_said(io.BytesIO((jobs.SAID_MAX + 1).to_bytes(4, "little")))
     assert caught.value.reason is Reason.TOO_LARGE
+
+
+@contextlib.contextmanager
+def bare() -> Iterator[subprocess.Popen[bytes]]:
+    """The trainer without its agent's side."""
+    command = [sys.executable, "-m", "edge_agent.trainer", f"--parent={os.getpid()}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_garbled_orders(job: Job) -> None:
+    """The trainer finishes what came before a frame that is none, and then ends with an error."""
+    with bare() as process:
+        said, wrote = process.communicate(jobs.frame(Order(job)) + b"\xff" * 8, PATIENCE)
+    answers, last = io.BytesIO(said), None
+    while (message := jobs.read_said(answers)) is not None:
+        last = message
+    assert isinstance(last, Done) and process.returncode == 1 and b"RemoteProtocolError" in wrote
+
+
+def test_an_error_while_it_listens(job: Job) -> None:
+    """An error on the trainer's main thread ends it in order, though another thread waits for orders."""
+    with bare() as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        process.stdin.write(jobs.frame(Order(job)))
+        process.stdin.flush()
+        assert process.wait(PATIENCE) == 1 and b"BrokenPipeError" in process.stderr.read()
 
 
 def test_rss_of_nobody() -> None:

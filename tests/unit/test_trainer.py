@@ -1,5 +1,6 @@
 """edge_agent.trainer: training is PyTorch's own bit for bit, and every failure of a job has a typed reason."""
 
+import queue
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ from torch import nn
 from aggregator import export
 from edge_agent import trainer
 from edge_agent.data import Examples
-from edge_agent.jobs import Done, Failed, Job, Progress, Source
-from edge_agent.trainer import Model, Worker
+from edge_agent.jobs import Cancel, Done, Failed, Job, Progress, Source
+from edge_agent.trainer import Arrived, Inbox, Model, Worker
 from shared import codec, sealing, tensors
-from shared.errors import RemoteProtocolError, TrainingError
+from shared.errors import Reason, RemoteProtocolError, TrainingError
 from shared.layout import size
 from shared.messages import Adam, DataContract, Sgd, TensorContract, Training
 
@@ -300,10 +301,10 @@ class Warm:
         self.said: list[Progress | Done | Failed] = []
         self.worker = Worker(self.said.append)
 
-    def do(self, job: Job) -> Done | Failed:
+    def do(self, job: Job, check: trainer.Check = trainer.unchecked) -> Done | Failed:
         """The last word on a job."""
         self.said.clear()
-        self.worker.do(job)
+        self.worker.do(job, check)
         *before, last = self.said
         assert all(isinstance(message, Progress) for message in before)
         assert not isinstance(last, Progress)
@@ -404,3 +405,91 @@ def test_everything_held_out(job: tuple[Job, bytes]) -> None:
     np.savez(job[0].source.path, x=x, y=y)
     failed = do(job[0])
     assert isinstance(failed, Failed) and failed.reason == "data"
+
+
+# -- cancelling
+
+
+class CancelAt:
+    """Cancels at the check with this number, counted from 1; never at 0."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.count = number, 0
+
+    def __call__(self) -> None:
+        """One check."""
+        self.count += 1
+        if self.count == self.number:
+            raise TrainingError("cancelled", "in a test")
+
+
+def test_cancelled_anywhere(job: tuple[Job, bytes]) -> None:
+    """Before every batch and phase a job can end: with its reason, without a body, unnoticed by the next job."""
+    order, _ = job
+    worker, never = Warm(), CancelAt(0)
+    whole = worker.do(order, never)
+    assert isinstance(whole, Done) and never.count >= whole.steps + 6
+    Path(order.output).unlink()
+    for number in range(1, never.count + 1):
+        failed = worker.do(order, CancelAt(number))
+        assert isinstance(failed, Failed) and (failed.id, failed.reason) == (order.id, "cancelled")
+        assert not Path(order.output).exists()
+        assert number > 1 or worker.said == [failed]
+    again = worker.do(order)
+    assert isinstance(again, Done)
+    assert (again.norm, again.loss, again.metrics) == (whole.norm, whole.loss, whole.metrics)
+
+
+def inbox(*arrived: Arrived) -> Inbox:
+    """An inbox to which all this has come."""
+    stream: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
+    for each in arrived:
+        stream.put(each)
+    return Inbox(stream)
+
+
+def outcomes(given: Inbox) -> list[tuple[str, bool]]:
+    """(job, whether it is cancelled) to the end of the inbox."""
+    found = []
+    while (job := given.next()) is not None:
+        try:
+            given.check()
+        except TrainingError as error:
+            assert error.reason == "cancelled"
+            found.append((job.id, True))
+        else:
+            found.append((job.id, False))
+    return found
+
+
+def test_a_cancel_reaches_the_job_it_names(job: tuple[Job, bytes]) -> None:
+    """At work or still waiting; jobs before and after it stay."""
+    a, b, c = (msgspec.structs.replace(job[0], id=name) for name in "abc")
+    assert outcomes(inbox(a, Cancel("a"), b, None)) == [("a", True), ("b", False)]
+    assert outcomes(inbox(a, b, c, Cancel("b"), None)) == [("a", False), ("b", True), ("c", False)]
+
+
+def test_a_cancel_is_not_kept(job: tuple[Job, bytes]) -> None:
+    """For an id that is unknown, finished or yet to come it does nothing, then or later."""
+    a, b = (msgspec.structs.replace(job[0], id=name) for name in "ab")
+    assert outcomes(inbox(Cancel("a"), a, Cancel("nobody"), b, None)) == [("a", False), ("b", False)]
+    arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
+    given = Inbox(arrived)
+    for each in (a, b):
+        arrived.put(each)
+        assert given.next() == each
+    arrived.put(Cancel("a"))
+    given.check()
+    for last in (a, None):
+        arrived.put(last)
+    assert outcomes(given) == [("a", False)]
+
+
+def test_the_end_comes_after_the_jobs(job: tuple[Job, bytes]) -> None:
+    """What came before the end of the stream, or before an error in it, is done first."""
+    assert outcomes(inbox(job[0], job[0], None)) == [("r1", False)] * 2
+    given = inbox(job[0], RemoteProtocolError(Reason.TOO_LARGE, "a frame"))
+    assert given.next() == job[0]
+    given.check()
+    with pytest.raises(RemoteProtocolError):
+        given.next()

@@ -21,7 +21,7 @@ from edge_agent import sensors
 from edge_agent.child import Settings, Trainer, TrainerExited, TrainerSaid, TrainerWrote, rss
 from edge_agent.config import AgentConfig, zone
 from edge_agent.control import ControlRequest, ControlServer
-from edge_agent.jobs import Job, Source
+from edge_agent.jobs import Done, Job, Source
 from edge_agent.participation import Effect, Participation, Task
 from edge_agent.schedule import Schedule, WindowEdge
 from edge_agent.sensors import Sensors
@@ -173,6 +173,9 @@ class Service:
                     tell(Event.PUBLISH_REFUSED, cause=refusal)
                 return []
             case TrainerSaid(pid=pid, message=message):
+                work = self._participation.work
+                if isinstance(message, Done) and (work is None or work.id != message.id):
+                    self._drop(message.id)  # it was given up in its last moment
                 return self._participation.handle(core.TrainerTold(message), now) if pid == self._job_pid else []
             case TrainerWrote(line=line):
                 tell(Event.TRAINER_SAID, line=line)

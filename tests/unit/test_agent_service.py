@@ -8,6 +8,8 @@ from msgspec import structs
 from aggregator import ca
 from edge_agent import config as settings
 from edge_agent import participation as core
+from edge_agent.child import TrainerSaid
+from edge_agent.jobs import Done
 from edge_agent.service import Service, Stop, restored
 from edge_agent.store import Kept, Store
 from shared import identity, signing, wire
@@ -117,3 +119,12 @@ def test_the_name_of_another_device(service: Service) -> None:
     with pytest.raises(ConfigError, match=r"sensor-2.*sensor-1") as caught:
         Service(spoilt, read_clock())
     assert caught.value.key == "device.name"
+
+
+def test_a_result_that_nobody_waits_for_leaves_nothing(service: Service) -> None:
+    """A job that was cancelled in its last moment has written its body all the same."""
+    body = service._store.outbox / "given-up.body"
+    body.write_bytes(b"sealed")
+    done = Done("given-up", bytes(80), 6, bytes(32), 40, 10, 10, {"loss": 1.0}, 0.5, 1.0, 1.0, 1.0, 1)
+    assert service.handle(TrainerSaid(1, done), NOW) == []
+    assert list(service._store.outbox.iterdir()) == []

@@ -22,6 +22,7 @@ from shared.messages import DeviceStatus, Outcome, Receipt, UpdateHead
 from tests.broker.broker import Peer
 from tests.forgery import SERVER, forge
 from tests.hostile import records
+from tests.hostile.daemon import until
 from tests.hostile.records import CLIP, DIMENSION, JUNK, Device, Update, body, edited, flip, update, values, without
 from tests.hostile.site import Site, status
 
@@ -404,7 +405,13 @@ def test_the_same_update_twice_at_once(site: Site) -> None:
                 peer.publish(f"fl/up/0/{attack.device.name}/{good.name}/head", good.payload)
 
         lines = site.provoke(send)
-        found = [site.opened(data).outcome for _, data in peer.fence()]
+        found: list[Outcome] = []
+
+        def both() -> bool | None:
+            found.extend(site.opened(data).outcome for _, data in peer.fence())
+            return len(found) >= 2 or None
+
+        until(both, "two receipts")
     assert [line["event"] for line in lines] == ["update.accepted"]
     assert found == [Outcome.ACCEPTED] * 2
 

@@ -247,6 +247,7 @@ class Link:
             self._post.post(LinkDown(f"the broker refuses this client: {code}"))
             return
         self._generation += 1
+        self._complaint = ""  # of an earlier try
         self._packet_max = getattr(props, "MaximumPacketSize", None)
         # Not at a disconnect: a refusal that comes after the handshake is one, and would begin the back-off anew.
         self._spread()

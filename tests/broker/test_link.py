@@ -401,6 +401,21 @@ def test_broker_killed(ear: Open, fleet: Fleet) -> None:
         assert service.fence() == [(STATUS, b"meanwhile")]
 
 
+def test_what_went_wrong_before(ear: Open, fleet: Fleet) -> None:
+    """A link that was up and is cut says that, not why an earlier try failed."""
+    fleet.broker.kill()
+    one = ear()
+    with socket.create_server(("127.0.0.1", fleet.port)) as listener:
+        listener.settimeout(20)
+        one.link.start()
+        listener.accept()[0].close()
+        assert "no connection" in one.next(LinkDown).cause
+    fleet.broker.start()
+    one.next(LinkUp)
+    fleet.broker.kill()
+    assert one.next(LinkDown).cause == "the connection was cut"
+
+
 def test_a_fleet_comes_back_spread_out(ear: Open) -> None:
     """Links that were cut at one moment do not all return at another."""
     delays = {ear(backoff_min=1.0, backoff_max=60.0).link._client._reconnect_min_delay for _ in range(20)}

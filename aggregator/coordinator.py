@@ -396,11 +396,12 @@ class Coordinator:
                     effects += self._abandon(task, "superseded")
                 elif task.closing is not None:
                     effects.append(Reduce(task.manifest, task.release, task.closing.number))
-        if fresh:
-            for name, task in self.tasks.items():
+        for name, task in self.tasks.items():
+            if fresh:
                 effects.append(PublishRelease(name, task.release.number, announce=False))
-                if task.offer_signed is not None:
-                    effects.append(PublishOffer(name, task.offer_signed))
+            # Small, and a broker that was killed hard may have brought back an older one with our session.
+            if task.offer_signed is not None:
+                effects.append(PublishOffer(name, task.offer_signed))
         self.ready = True
         return effects + self._open_rounds(now)
 

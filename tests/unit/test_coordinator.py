@@ -508,11 +508,11 @@ def test_a_mean_that_makes_no_weights_ends_its_round() -> None:
     assert bench.machine.tasks["points"].release.number == 0
 
 
-def test_a_session_that_the_broker_kept_needs_nothing() -> None:
-    """A short cut of the link repeats no release."""
+def test_a_session_that_the_broker_kept_needs_the_offer_alone() -> None:
+    """A short cut of the link repeats no release to the whole fleet."""
     bench = Bench()
     bench.begin()
-    assert bench.tell(core.LinkReady(False)) == []
+    assert [type(each) for each in bench.tell(core.LinkReady(False))] == [core.PublishOffer]
     assert [type(each) for each in bench.tell(core.LinkReady(True))] == [core.PublishRelease, core.PublishOffer]
 
 

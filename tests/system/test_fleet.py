@@ -296,9 +296,8 @@ def test_agent_killed_and_broker_restarted(running: Running) -> None:
     trainer = device.trainer()
     device.kill()
     gone(trainer)
-    # In order, so that it keeps the aggregator's session: what devices send on their return waits there. (No device
-    # sends again yet what a broker lost that was killed.)
-    running.fleet.broker.stop()
+    # It loses the aggregator's session, and what devices send before that is back: they send it again.
+    running.fleet.broker.kill()
     marks = [len(daemon.read()) for daemon in running.daemons]
     accepted = [line for line in device.daemon.lines if line["event"] == "release.accepted"][-1]
     device.daemon.start()

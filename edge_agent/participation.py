@@ -733,10 +733,11 @@ class Participation:
         self._token_time, self._speak_at = now.mono, None
         if status == self._said:
             return []
-        if self._tokens < 1.0:
+        # A birth is never held back: without it, or after a will, a connected device would count as gone.
+        if self._tokens < 1.0 and self._said is not None:
             self._speak_at = now.mono + (1.0 - self._tokens) * STATUS_INTERVAL + 0.01
             return []
-        self._tokens -= 1.0
+        self._tokens = max(0.0, self._tokens - 1.0)
         self._said = status
         jitter = int.from_bytes(self.random(2), "big") / 2**16
         self._refresh_at = now.mono + STATUS_REFRESH * (0.75 + 0.25 * jitter)

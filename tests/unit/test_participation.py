@@ -550,6 +550,17 @@ def test_a_device_that_flaps_is_held_back() -> None:
     assert said[-1].eligible == bench.machine.eligible
 
 
+def test_a_birth_is_never_held_back() -> None:
+    """A device that flapped and reconnects would otherwise count as gone for minutes, and no round would open."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick())
+    for turn in range(20):
+        bench.facts = changed(FACTS, mains=bool(turn % 2))
+        bench.after(31)
+    bench.tell(core.Disconnected())
+    assert "PublishStatus" in kinds(bench.tell(core.Connected()))
+
+
 def test_the_status_is_said_again_before_it_ages() -> None:
     """The aggregator forgets what it has not heard for 13 hours."""
     bench = Bench()

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from shared import cli
 from shared.cli import Exit, Parser, show
@@ -44,32 +44,40 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    return _asked(options, "status")
-
-
-def _pause(options: argparse.Namespace) -> int:
-    return _asked(options, "pause", options.seconds)
-
-
-def _resume(options: argparse.Namespace) -> int:
-    return _asked(options, "resume")
-
-
-def _asked(
-    options: argparse.Namespace, verb: Literal["status", "pause", "resume"], seconds: float | None = None
-) -> int:
-    from edge_agent import control
-
-    # The keys need not be readable by everybody who may ask.
-    answer = control.ask(_config(options, files=False).device.run_dir, control.Request(verb, seconds))
+    answer = _ask(options, "status")
+    if not options.json:
+        # The words hold measured value and threshold already.
+        answer["obstacles"] = {each["name"]: each["text"] for each in answer.get("obstacles", [])}
     show(answer, options.json)
     return Exit.OK
 
 
+def _pause(options: argparse.Namespace) -> int:
+    show(_ask(options, "pause", options.seconds), options.json)
+    return Exit.OK
+
+
+def _resume(options: argparse.Namespace) -> int:
+    show(_ask(options, "resume"), options.json)
+    return Exit.OK
+
+
+def _ask(
+    options: argparse.Namespace, verb: Literal["status", "pause", "resume"], seconds: float | None = None
+) -> dict[str, Any]:
+    from edge_agent import control
+
+    # The keys need not be readable by everybody who may ask.
+    return control.ask(_config(options, files=False).device.run_dir, control.Request(verb, seconds))
+
+
 def _config_check(options: argparse.Namespace) -> int:
+    from edge_agent import service
     from shared import config
 
-    show(config.effective(_config(options)), options.json)
+    found = _config(options)
+    service.check_identity(found)
+    show(config.effective(found), options.json)
     return Exit.OK
 
 

@@ -33,7 +33,7 @@ from shared.events import Event
 from shared.logs import tell
 from shared.machine import Instant, Tick
 from shared.messages import AggregatorStatus, DeviceStatus, Release, ReleaseMessage, Signed, TaskManifest, UpdateMessage
-from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will
+from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will, tls
 from shared.selection import shard
 from shared.systemd import ServiceManager
 from shared.topics import TASK_RELEASES, TASK_ROUNDS, Topics, is_name, parse_task
@@ -547,6 +547,14 @@ def _shown(task: Task) -> dict[str, object]:
         "rounds": task.manifest.plan.rounds if task.manifest is not None else None,
         "last_round_trained": task.worked[1],
     }
+
+
+def check_identity(config: AgentConfig) -> None:
+    """Read what the device proves itself with, and what it trusts; ConfigError names the file that does not fit."""
+    _device_name(config, identity.common_name(identity.load_certificate(config.broker.cert)))
+    identity.load_key(config.broker.key)
+    tls(config.broker.ca, config.broker.cert, config.broker.key)
+    identity.load_root(config.trust.root)
 
 
 def _device_name(config: AgentConfig, certified: str) -> str:

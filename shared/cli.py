@@ -204,8 +204,8 @@ def _word(item: object) -> str:
             return item.hex()
         case list() | tuple():
             return ", ".join(_word(one) for one in item) or "-"
-        case {}:
-            return "-"
+        case Mapping():
+            return ", ".join(f"{_plain_text(str(key))} {_word(one)}" for key, one in item.items()) or "-"
         case float():
             return f"{item:.6g}"
         case _:

@@ -135,6 +135,41 @@ def test_status_pause_and_resume_reach_the_agent(config: Path, capsys: pytest.Ca
     assert asked == [Request("status"), Request("pause", 7200.0), Request("pause"), Request("resume")]
 
 
+def test_status_says_what_stands_in_the_way(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each obstacle is a line of its own with measured value and setting: the reason to ask at all."""
+    text = "others use the CPUs for 80 %, policy.cpu_others is 50 %"
+    obstacle = {"name": "cpu", "value": 80.0, "threshold": 50.0, "text": text}
+    server = ControlServer(config.parent.parent / "run", lambda event: event.reply({"obstacles": [obstacle]}))
+    server.start()
+    try:
+        assert cli.main(["status", "--config", str(config)]) == 0
+        assert capsys.readouterr().out.splitlines() == ["obstacles", f"  cpu  {text}"]
+        assert cli.main(["status", "--config", str(config), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"obstacles": [obstacle]}
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ('key = "device.key"', 'key = "ca.crt"', "ca.crt"),
+        ('name = "sensor-1"', 'name = "sensor-9"', "device.name"),
+        ('root = "root.msgpack"', 'root = "ca.crt"', "ca.crt"),
+    ],
+)
+def test_config_check_refuses_what_run_refuses(
+    config: Path, key: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Keys, certificate, name and root must fit each other, and not only be files."""
+    text = config.read_text(encoding="utf-8")
+    assert key in text
+    config.write_text(text.replace(key, value), encoding="utf-8")
+    assert cli.main(["config", "check", "--config", str(config)]) == 78
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and err.count("\n") == 1
+
+
 def test_the_command_line_stays_light() -> None:
     """Help imports neither torch nor numpy nor anything of the aggregator."""
     script = """

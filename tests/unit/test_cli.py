@@ -87,14 +87,17 @@ def test_json_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     """Without --json a result is aligned lines, nested ones indented."""
-    cli.show({"name": "x", "on": True, "none": None, "deep": {"one": b"\x01", "two": ["a", "b"]}}, False)
+    deep = {"one": b"\x01", "two": ["a", "b"], "three": [{"c": 1, "d": None}], "four": {}}
+    cli.show({"name": "x", "on": True, "none": None, "deep": deep}, False)
     assert capsys.readouterr().out.splitlines() == [
         "name  x",
         "on    yes",
         "none  -",
         "deep",
-        "  one  01",
-        "  two  a, b",
+        "  one    01",
+        "  two    a, b",
+        "  three  c 1, d -",
+        "  four   -",
     ]
 
 

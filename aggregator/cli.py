@@ -208,6 +208,8 @@ def _status(options: argparse.Namespace) -> int:
     if not isinstance(told, dict):
         raise Failure(Exit.FAILED, f"{path} is damaged; a running aggregator writes it anew")
     running = _held(settings.lock_file)
+    if not options.json and isinstance(told.get("started"), int):
+        told["started"] = cli.moment(told["started"])
     show({"running": running} | told, options.json)
     if not running:
         return cli.complain("aggregator", "the aggregator is not running; this is what it said last", Exit.UNREACHABLE)
@@ -428,7 +430,7 @@ def _parser() -> Parser:
         "--loss", required=True,
         help="cross_entropy, bce_with_logits, mse, l1 or huber; or, named like MODEL, a module of your own that takes "
         "outputs and target and returns the loss; or own, where the model computes its loss itself: "
-        "forward(*inputs, target) returns it",
+        "forward(*inputs, target) returns it, and forward(*inputs) the outputs",
     )  # fmt: skip
     one.add_argument("--task", type=Path, required=True, metavar="FILE", help="the task file (TOML)")
     _add_output(one, "the release file to write")

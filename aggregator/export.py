@@ -600,6 +600,12 @@ def _explain(error: BaseException, kind: Kind) -> str:
         first = guards[0] if guards else said.splitlines()[0]
         what = f"the module does not take batches of every size: {first.split('. If you')[0]:.300}"
         remedy = "write it for any batch size: no fixed first dimension, no assumption on x.shape[0]"
+    elif isinstance(error, TypeError) and "positional argument" in said:
+        what = f"TypeError: {said.splitlines()[0]}"
+        remedy = (
+            "forward takes one tensor for each input of the data contract; where the model computes its loss itself, "
+            "also a target that may be left out, as in forward(self, x, target=None)"
+        )
     elif ".numpy()" in said:
         what = "forward leaves torch for numpy"
         remedy = "compute with torch operators only"

@@ -323,6 +323,18 @@ def test_status_says_whether_the_aggregator_runs(site: Path, capsys: pytest.Capt
     assert cli.main(status) == 5
 
 
+def test_status_tells_times_to_people(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seconds since 1970 are for scripts."""
+    config = site / "fleet" / "aggregator" / "aggregator.toml"
+    settings = load(config)
+    settings.state.directory.mkdir(exist_ok=True)
+    settings.status_file.write_text(json.dumps({"started": 1_795_307_220}), encoding="utf-8")
+    cli.main(["status", "--config", str(config)])
+    assert "2026-11-22T00:27:00+00:00" in capsys.readouterr().out
+    cli.main(["status", "--config", str(config), "--json"])
+    assert _json(capsys)["started"] == 1_795_307_220
+
+
 @pytest.mark.parametrize("text", ["", "[", "[]", '"x"', "{}", "[" * 100_000, "\0"])
 def test_a_damaged_status_is_no_traceback(site: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever lies where the status belongs, the answer is one line."""

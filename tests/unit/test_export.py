@@ -217,6 +217,19 @@ def test_a_module_may_compute_its_own_loss() -> None:
     assert torch.equal(output, model(x))
 
 
+class DemandingLoss(OwnLoss):
+    """One that cannot do without the target."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x, y)
+
+
+def test_a_module_that_cannot_do_without_the_target_is_told_so() -> None:
+    """The eval graph has outputs and no target."""
+    with pytest.raises(ExportError, match=r"forward\(self, x, target=None\)"):
+        export(DemandingLoss(), None, [X], LABEL)
+
+
 class Scaled(nn.Module):
     """A loss with a parameter."""
 
@@ -235,7 +248,7 @@ class Scaled(nn.Module):
         (Scaled(), LABEL, ["parameter, scale"]),
         (nn.CrossEntropyLoss(reduction="none"), LABEL, ["not one floating-point number", ".mean()"]),
         ("mse", TensorContract("y", "float32", [1]), ["[batch, 3]", "[batch, 1]", "same shape"]),
-        (None, LABEL, ["TypeError", "check that the module runs"]),
+        (None, LABEL, ["TypeError", "target=None"]),
     ],
 )
 def test_a_loss_that_cannot_be_used_is_refused(

@@ -428,7 +428,8 @@ def _parser() -> Parser:
                      "class, an instance, or a function without arguments that gives one")  # fmt: skip
     one.add_argument(
         "--loss", required=True,
-        help="cross_entropy, bce_with_logits, mse, l1 or huber; or, named like MODEL, a module of your own that takes "
+        help="cross_entropy, bce_with_logits, mse, l1, smooth_l1 or huber; or, named like MODEL, a module of your own "
+        "that takes "
         "outputs and target and returns the loss; or own, where the model computes its loss itself: "
         "forward(*inputs, target) returns it, and forward(*inputs) the outputs",
     )  # fmt: skip

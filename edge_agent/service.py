@@ -470,6 +470,14 @@ class Service:
             doing = "waiting: " + ("; ".join(obstacle.text for obstacle in part.obstacles) or "settling")
         return f"{link}; {newest or 'no model yet'}; {doing}"
 
+    def _state(self) -> str:
+        part = self._participation
+        if part.work is not None:
+            return "training"
+        if part.eligible:
+            return "ready"
+        return "waiting" if part.obstacles else "settling"
+
     def _status(self, now: Instant) -> Mapping[str, object]:
         part = self._participation
         received, sent = self._link.bytes_moved()
@@ -485,7 +493,7 @@ class Service:
                 "bytes_received": received,
                 "bytes_sent": sent,
             },
-            "state": "training" if part.work is not None else "ready" if part.eligible else "waiting",
+            "state": self._state(),
             "eligible": part.eligible,
             "obstacles": [
                 {"name": each.name.value, "value": each.value, "threshold": each.threshold, "text": each.text}

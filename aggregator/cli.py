@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from shared import cli
 from shared.cli import Exit, Failure, Parser, say, show
-from shared.errors import RemoteProtocolError
+from shared.errors import Reason, RemoteProtocolError
+from shared.topics import is_name
 
 if TYPE_CHECKING:
     from aggregator.release import Description
@@ -153,6 +154,8 @@ def _release_publish(options: argparse.Namespace) -> int:
 def _model_export(options: argparse.Namespace) -> int:
     from aggregator import model, release
 
+    if not is_name(options.task):
+        raise Failure(Exit.USAGE, f"{options.task!r} cannot name a task: a-z, 0-9 and -, at most 63 characters")
     root = _root(options, required=True)
     assert root is not None
     if options.release is not None:
@@ -319,6 +322,8 @@ def _read(file: Path, root: "Root | None", now: float | None = None) -> "tuple[D
     try:
         return release.read(data, root, now), data
     except RemoteProtocolError as error:
+        if error.reason in (Reason.NOT_MSGPACK, Reason.WRONG_TYPE, Reason.EMPTY):
+            raise Failure(Exit.REFUSED, f"{file}: is no release file ({error})") from None
         raise Failure(Exit.REFUSED, f"{file}: {error}") from None
 
 

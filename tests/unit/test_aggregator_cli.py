@@ -283,6 +283,19 @@ def test_nothing_that_devices_refuse_is_published(
     assert "unknown_key" in capsys.readouterr().err
 
 
+def test_what_is_no_release_file(fleet: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A text file is told apart from a release that was tampered with."""
+    (tmp_path / "notes.txt").write_text("to do\n")
+    assert cli.main(["release", "show", str(tmp_path / "notes.txt"), *fleet]) == 3
+    assert "is no release file" in capsys.readouterr().err
+
+
+def test_what_cannot_be_a_task(fleet: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody waits for a task that can have no topic."""
+    assert cli.main(["model", "export", "a/b", "-o", str(tmp_path / "x"), *fleet]) == 2
+    assert "'a/b' cannot name a task" in capsys.readouterr().err
+
+
 def test_no_broker_is_5(site: Path, fleet: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A broker that is not there ends with 5 and one line that names it."""
     publish = ["release", "publish", str(site / "digits.msgpack"), "--host", "127.0.0.1", "--port", "1", *fleet]

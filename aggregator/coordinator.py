@@ -117,7 +117,7 @@ class RoundReduced:
 
 @dataclass(frozen=True, slots=True)
 class RoundSpoilt:
-    """A closing round's mean makes no weights (a value overflows)."""
+    """A closing round makes no weights: what it collected is damaged on disk, or a value overflows."""
 
     task: str
     manifest_version: int
@@ -215,7 +215,7 @@ class Contribute:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """An update that does not count: forget its numbers and say why."""
+    """An update that does not count: say why."""
 
     received: HeadReceived
     outcome: Outcome

@@ -20,7 +20,7 @@ from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator, Effect, Task
 from aggregator.fold import Fold, Vector
 from aggregator.round import Round
-from aggregator.store import Blobs, Contribution, Store, StoredTask
+from aggregator.store import BlobLost, Blobs, Contribution, Store, StoredTask
 from shared import codec, identity, logs, sealing, signing, systemd, tensors, wire
 from shared.driver import Driver, Mailbox, on_termination, read_clock
 from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, RemoteProtocolError
@@ -93,13 +93,14 @@ class Service:
         self._opened: dict[bytes, Vector] = {}
         self._recorded: set[bytes] = set()
         self._deny = _DenyList(Path(config.trust.deny) if config.trust.deny else None)
-        for stored in self._store.tasks():
+        known = self._store.tasks()
+        for stored in known:
             task = _restore(stored, now)
             current = task.round or task.closing
             if current is not None:
                 task.keyless = not self._key_file(stored.name, stored.manifest_version, current.number).exists()
             self._coordinator.tasks[stored.name] = task
-        self._sweep()
+        self._sweep(known)
         self._counts: collections.Counter[str] = collections.Counter()
         self._refused: collections.Counter[str] = collections.Counter()
         self._started, self._greeted = now, False
@@ -386,9 +387,10 @@ class Service:
     def _reduce(self, effect: core.Reduce) -> core.RoundReduced | core.RoundSpoilt:
         manifest, release = effect.manifest, effect.release
         spoilt = core.RoundSpoilt(manifest.task, manifest.version, effect.number)
+        rows = self._store.contributions(manifest.task, manifest.version, effect.number)
         try:
-            fold = self._fold(manifest, release.task, effect.number)
-        except (LocalProtocolError, RemoteProtocolError) as error:
+            fold = self._fold(manifest, effect.number, rows)
+        except (BlobLost, RemoteProtocolError) as error:
             # What was collected is damaged on disk: the round is lost, the task goes on.
             self._tell_spoilt(spoilt, Reason.WRONG_DIGEST, str(error))
             return spoilt
@@ -404,7 +406,6 @@ class Service:
             self._tell_spoilt(spoilt, error.reason, error.detail)
             return spoilt
         name = self._blobs.put(weights)
-        rows = self._store.contributions(manifest.task, manifest.version, effect.number)
         metrics = validate.pooled([(row.metrics, row.holdout) for row in rows])
         weights_ref = BlobRef(sha256=name, size=len(weights))
         return core.RoundReduced(manifest.task, manifest.version, effect.number, weights_ref, metrics)
@@ -481,10 +482,9 @@ class Service:
         same = row.head_digest == received.digest
         return core.HeadRecalled(received, Outcome(row.outcome) if same else Outcome.DUPLICATE)
 
-    def _fold(self, manifest: TaskManifest, task: str, number: int) -> Fold:
+    def _fold(self, manifest: TaskManifest, number: int, rows: Sequence[Contribution]) -> Fold:
         """The round's fold; made again from rows and blobs where memory does not hold exactly what the rows say."""
-        key = (task, manifest.version, number)
-        rows = self._store.contributions(*key)
+        key = (manifest.task, manifest.version, number)
         fold = self._folds.get(key)
         if fold is not None and fold.heads == [row.head_digest for row in rows]:
             return fold
@@ -496,7 +496,7 @@ class Service:
             _, data = self._unseal(manifest.version, head, context, self._blobs.get(row.body))
             fold.add(row.head_digest, codec.decode(context.codec, data, sizes), row.weight)
         self._folds[key] = fold
-        tell(Event.FOLD_REBUILT, task=task, round=number, updates=len(rows))
+        tell(Event.FOLD_REBUILT, task=manifest.task, round=number, updates=len(rows))
         return fold
 
     # -- small things --
@@ -518,11 +518,11 @@ class Service:
     def _count(self, what: str) -> None:
         self._counts[what] += 1
 
-    def _sweep(self) -> None:
+    def _sweep(self, known: Sequence[StoredTask]) -> None:
         """Delete what a crash left behind: bodies, weights and keys that no open round or newest release needs."""
         wanted = self._store.weights_in_use()
         keys = set()
-        for stored in self._store.tasks():
+        for stored in known:
             wanted |= set(self._store.model(stored.name, stored.manifest_version)[:2])
             if stored.round is not None and stored.round.state in ("open", "closing"):
                 wanted |= {row.body for row in stored.contributions}

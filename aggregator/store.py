@@ -53,7 +53,7 @@ _rounds = sa.Table(
     sa.Column("task", sa.String, primary_key=True),
     sa.Column("manifest_version", sa.BigInteger, primary_key=True),
     sa.Column("round", sa.BigInteger, primary_key=True),
-    # open, closing, released, superseded (rejected_by_gate and stopped when their features come)
+    # open, closing; then how it ended: released, superseded or rejected_by_gate
     sa.Column("state", sa.String, nullable=False),
     sa.Column("offer", sa.LargeBinary, nullable=False),
     sa.Column("extensions", sa.Integer, nullable=False),
@@ -291,9 +291,11 @@ class Store:
 
     def weights_in_use(self) -> set[bytes]:
         """Names of the weights that the newest release of any manifest has."""
+        key = (_releases.c.task, _releases.c.manifest_version)
+        newest = sa.select(*key, sa.func.max(_releases.c.number)).group_by(*key)
+        query = sa.select(_releases.c.weights).where(sa.tuple_(*key, _releases.c.number).in_(newest))
         with self._reading():
-            pairs = self._connection.execute(sa.select(_manifests.c.task, _manifests.c.manifest_version)).all()
-        return {self.model(task, version)[2] for task, version in pairs}
+            return set(self._connection.scalars(query))
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -331,6 +333,10 @@ class Store:
         return StoredTask(task, version, wire.unpack(manifest, Signed), wire.unpack(release, Signed), found, rows)
 
 
+class BlobLost(LocalProtocolError):
+    """Bytes that were stored are gone or damaged."""
+
+
 class Blobs:
     """Content-addressed files below one directory."""
 
@@ -353,13 +359,13 @@ class Blobs:
         list(self._writers.map(self._keep, pieces, pieces.values()))
 
     def get(self, name: bytes) -> bytes:
-        """The bytes of that sha256; LocalProtocolError if they are gone or damaged."""
+        """The bytes of that sha256, else BlobLost."""
         try:
             data = self._path(name).read_bytes()
         except OSError as error:
-            raise LocalProtocolError(f"blob {name.hex()} cannot be read: {error.strerror}") from None
+            raise BlobLost(f"blob {name.hex()} cannot be read: {error.strerror}") from None
         if hashlib.sha256(data).digest() != name:
-            raise LocalProtocolError(f"blob {name.hex()} is damaged on disk")
+            raise BlobLost(f"blob {name.hex()} is damaged on disk")
         return data
 
     def delete(self, name: bytes) -> None:

@@ -9,7 +9,7 @@ it is selected and nothing stands in the way, one job at a time.
 It must never touch a socket, a disk, a clock or a private key: the shell signs heads and keeps files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import assert_never
@@ -31,7 +31,6 @@ from shared.messages import (
     TaskManifest,
     UpdateContext,
     UpdateHead,
-    Version,
 )
 from shared.opset import OPSET_VERSION
 from shared.selection import draw
@@ -177,7 +176,6 @@ class KeepOffer:
     """Store the position of an accepted offer, durably."""
 
     task: str
-    offer: RoundOffer
     position: Position
 
 
@@ -203,12 +201,13 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class StopTraining:
-    """End the trainer child in the middle of a job."""
+    """End a job in the middle: cancel it, which keeps the child warm, or `kill` the child, which ends it at once."""
 
     id: str
     task: str
     round: int
     why: str
+    kill: bool
     obstacles: tuple[Obstacle, ...] = ()
 
 
@@ -451,7 +450,7 @@ class Participation:
         if due is None or due <= now.mono:
             effects.append(self._sense())
         if self.work is not None and self.work.deadline <= now.mono:
-            effects.append(self._stop("timeout"))
+            effects.append(self._stop("timeout", kill=True))
             effects += self._failed("timeout", f"no result within {self.timeout:g} s", now)
         if self._warm_until is not None and self.work is None and self._warm_until <= now.mono:
             self._warm_until = None
@@ -527,7 +526,7 @@ class Participation:
             spread = task.manifest.plan.start_jitter * int.from_bytes(self.random(4), "big") / 2**32
             # One failure does not cost the next round; a device that fails again and again waits ever longer.
             task.start_at = max(now.mono + spread, task.start_at if task.failures > 1 else 0.0)
-        effects: list[Effect] = [KeepOffer(name, offer, position)]
+        effects: list[Effect] = [KeepOffer(name, position)]
         if offer.state is not OfferState.OPEN or (before is not None and before.round != offer.round):
             # A device that was away hears of the next round, and never that its own was closed.
             effects += self._give_up(name, "round_over", now)
@@ -537,16 +536,18 @@ class Participation:
         """End what is trained for this task, if anything: it would not count any more. The child stays warm."""
         if self.work is None or self.work.task != name:
             return []
-        effect = self._stop(why)
+        effect = self._stop(why, kill=False)
         self._rest(now)
         return [effect]
 
     def _outdated(self, name: str, position: tuple[int, int]) -> list[Effect]:
         """Give up the updates of a task that are older than this and were never answered."""
-        old = [sent for sent in self._sent.values() if sent.task == name and sent.position < position]
-        for sent in old:
+        return self._drop([sent for sent in self._sent.values() if sent.task == name and sent.position < position])
+
+    def _drop(self, updates: Sequence[Sent]) -> list[Effect]:
+        for sent in updates:
             del self._sent[sent.digest]
-        return [DropUpdate(sent) for sent in old]
+        return [DropUpdate(sent) for sent in updates]
 
     def _make_room(self, name: str, now: Instant) -> list[Effect]:
         """A place for one more task: a free one, or that of a task whose manifest has expired."""
@@ -556,7 +557,8 @@ class Participation:
             busy = self.work is not None and self.work.task == other.name
             if not busy and (other.manifest is None or now.utc >= other.manifest.expires):
                 del self.tasks[other.name]
-                return [ForgetTask(other.name)]
+                late = [sent for sent in self._sent.values() if sent.task == other.name]
+                return [*self._drop(late), ForgetTask(other.name)]
         raise RemoteProtocolError(Reason.TOO_LARGE, f"this device follows {TASKS_MAX} tasks already")
 
     def _receipt_arrived(self, signed: Signed) -> list[Effect]:
@@ -590,7 +592,7 @@ class Participation:
             return []
         effects: list[Effect] = [EligibilityChanged(self.eligible, self.obstacles)]
         if not self.eligible and self.work is not None:
-            effects.append(self._stop("obstacles", self.obstacles))
+            effects.append(self._stop("obstacles", self.obstacles, kill=True))
             self.work, self.last_trained = None, now.mono
         return effects
 
@@ -634,7 +636,7 @@ class Participation:
         report = self.random(16)
         context = wire.pack(
             UpdateContext(
-                v=_V,
+                v=1,
                 task=task.name,
                 manifest=offer.manifest,
                 release=offer.release,
@@ -674,7 +676,7 @@ class Participation:
         task = self.tasks[work.task]
         head = wire.pack(
             UpdateHead(
-                v=_V,
+                v=1,
                 context=work.context,
                 encapsulation=done.encapsulation,
                 size=done.size,
@@ -711,10 +713,10 @@ class Participation:
         self.last_trained = now.mono
         self._warm_until = now.mono + self.idle_exit
 
-    def _stop(self, why: str, found: tuple[Obstacle, ...] = ()) -> StopTraining:
+    def _stop(self, why: str, found: tuple[Obstacle, ...] = (), *, kill: bool) -> StopTraining:
         assert self.work is not None
         self._warm_until = None
-        return StopTraining(self.work.id, self.work.task, self.work.offer.round, why, found)
+        return StopTraining(self.work.id, self.work.task, self.work.offer.round, why, kill, found)
 
     # -- presence --
 
@@ -744,13 +746,10 @@ class Participation:
         return [status]
 
 
-_V: Version = 1
-
-
 def status(said: PublishStatus, session: bytes, now: float) -> DeviceStatus:
     """The message for what was decided to be said."""
     return DeviceStatus(
-        v=_V,
+        v=1,
         session=session,
         online=True,
         version=VERSION,

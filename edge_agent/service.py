@@ -299,11 +299,11 @@ class Service:
             case core.Train():
                 yield from self._train(effect)
             case core.StopTraining():
-                if effect.why in ("round_over", "superseded"):
-                    self._trainer.cancel(effect.id)
-                else:
+                if effect.kill:
                     self._trainer.stop(kill=True)
                     self._job_pid = None
+                else:
+                    self._trainer.cancel(effect.id)
                 self._drop(effect.id)
                 tell(
                     Event.TRAINING_STOPPED,

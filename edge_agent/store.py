@@ -5,6 +5,7 @@ positions, is written last and replaced whole. So a crash at any point leaves th
 """
 
 import contextlib
+import shutil
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -107,7 +108,6 @@ class Store:
 
     def keep_offer(self, task: str, position: Position) -> None:
         """Remember how far this task's offers have come."""
-        (self._tasks / task).mkdir(mode=0o700, exist_ok=True)
         self._write(task, structs.replace(self._state(task), offer_position=_rank(position)))
 
     def keep_worked(self, task: str, position: tuple[int, int]) -> None:
@@ -117,7 +117,10 @@ class Store:
     def forget(self, task: str) -> None:
         """Begin a task anew: nothing that was accepted of it binds any more."""
         self._states.pop(task, None)
-        (self._tasks / task / "state").unlink(missing_ok=True)
+        folder = self._tasks / task
+        # First the state: files that no state names are nothing, should the power go in between.
+        (folder / "state").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def files(self, task: str, manifest: TaskManifest, release: Release) -> tuple[Path, Path, Path]:
         """(train graph, eval graph, weights) of an accepted release."""
@@ -148,7 +151,9 @@ class Store:
         )
 
     def _write(self, task: str, state: TaskState) -> None:
-        write_durably(self._tasks / task / "state", wire.pack(state))
+        folder = self._tasks / task
+        folder.mkdir(mode=0o700, exist_ok=True)
+        write_durably(folder / "state", wire.pack(state))
         self._states[task] = state
 
 

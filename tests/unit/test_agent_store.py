@@ -87,6 +87,7 @@ def test_a_task_begins_anew(tmp_path: Path) -> None:
     """What is forgotten is gone after a restart too, and no old offer binds what comes next."""
     store, message = begun(tmp_path)
     store.forget("points")
+    assert list((tmp_path / "tasks").iterdir()) == []
     assert Store(tmp_path).load() == []
     keep(store, message)
     assert Store(tmp_path).load() == [kept(message)]

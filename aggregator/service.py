@@ -43,7 +43,6 @@ from shared.messages import (
     UpdateContext,
     UpdateHead,
     UpdateMessage,
-    Version,
 )
 from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will
 from shared.topics import RELEASE, Topics, shard_client, task_release, task_round
@@ -510,7 +509,7 @@ class Service:
         return len(payload)
 
     def _presence(self, *, online: bool) -> bytes:
-        return wire.pack(AggregatorStatus(v=_V, session=self._session, online=online, version=VERSION))
+        return wire.pack(AggregatorStatus(v=1, session=self._session, online=online, version=VERSION))
 
     def _key_file(self, task: str, version: int, number: int) -> Path:
         return self._keys / f"{task}.{version}.{number}"
@@ -561,7 +560,6 @@ class Service:
         self._manager.status(f"{link}; {len(online)} devices online; {doing}")
 
 
-_V: Version = 1
 _DURABLE = (
     core.AdoptRelease,
     core.OpenRound,

@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from shared.errors import RemoteProtocolError
-from shared.machine import Instant as Instant
-from shared.machine import Tick as Tick
+from shared.machine import Instant, Tick
 
 
 def read_clock() -> Instant:

@@ -18,8 +18,6 @@ from shared.config import ReadableFile, Section
 from shared.errors import ConfigError
 from shared.messages import Name
 
-DEFAULT_PATH = Path("/etc/fieldfare/agent.toml")
-
 
 class Broker(Section, frozen=True):
     """Section [broker]: the one connection of the agent, MQTT 5 over TLS 1.3 with a client certificate."""

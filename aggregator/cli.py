@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +27,10 @@ if TYPE_CHECKING:
 PASSPHRASE = "FIELDFARE_PASSPHRASE"
 FLEET = "FIELDFARE_FLEET"
 
-Command = Callable[[argparse.Namespace], int]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    command: Command = options.command
-    return cli.guarded("aggregator", lambda: command(options))
+    return cli.run(_parser(), arguments)
 
 
 # -- fleet and devices -------------------------------------------------------------------------------------------
@@ -375,7 +371,7 @@ def _parser() -> Parser:
     groups = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     fleet = _group(groups, "fleet", "make a fleet")
-    one = _command(
+    one = cli.add_command(
         fleet, "init", _fleet_init, "make a fleet's keys, certificates and configurations",
         "Make the folder of a new fleet: its CA, trust root, publisher, operator and aggregator identities, and the "
         "configuration of its broker and its aggregator. Nothing is ever overwritten.",
@@ -405,7 +401,7 @@ def _parser() -> Parser:
     cli.add_json(one)
 
     device = _group(groups, "device", "enrol devices")
-    one = _command(
+    one = cli.add_command(
         device, "add", _device_add, "make the bundle that enrols one device",
         "Make a device's bundle: its key and certificate, the fleet's CA and trust root, and a ready agent.toml.",
         "aggregator device add sensor-1 -o sensor-1.tar.gz",
@@ -422,7 +418,7 @@ def _parser() -> Parser:
     cli.add_json(one)
 
     release = _group(groups, "release", "build, check and publish models")
-    one = _command(
+    one = cli.add_command(
         release, "build", _release_build, "turn a PyTorch module and a task file into one signed release file",
         "Export a PyTorch module with its loss into a signed release file, which is data and holds no code. Python "
         "code is run here, on your machine, and nowhere else. Needs PyTorch.",
@@ -448,7 +444,7 @@ def _parser() -> Parser:
     _add_passphrase(one)
     cli.add_json(one)
 
-    one = _command(
+    one = cli.add_command(
         release, "show", _release_show, "check a release file and say what is in it",
         "Check a release file as a device would and print what it holds. Without a fleet folder or --root the "
         "signatures are not checked, and the output says so.",
@@ -460,7 +456,7 @@ def _parser() -> Parser:
     _add_fleet(one)
     cli.add_json(one)
 
-    one = _command(
+    one = cli.add_command(
         release, "publish", _release_publish, "publish a release file and wait until the aggregator takes it",
         "Check a release file, publish it to models/release (retained) as the fleet's operator, and wait until the "
         "aggregator announces it. An exit code of 4 means: published, but no aggregator has taken it yet.",
@@ -476,7 +472,7 @@ def _parser() -> Parser:
     cli.add_json(one)
 
     model = _group(groups, "model", "take a trained model home")
-    one = _command(
+    one = cli.add_command(
         model, "export", _model_export, "write a task's newest weights as safetensors",
         "Fetch the newest release of a task from the broker, verify it, and write its weights as a safetensors file "
         "that Module.load_state_dict takes.",
@@ -494,14 +490,14 @@ def _parser() -> Parser:
     _add_fleet(one)
     cli.add_json(one)
 
-    one = _command(
+    one = cli.add_command(
         groups, "run", _run, "run the aggregator",
         "Run the aggregator in the foreground until SIGTERM or SIGINT; it continues where its state directory stands.",
         "aggregator run --config fleet/aggregator/aggregator.toml",
     )  # fmt: skip
     _add_config(one)
 
-    one = _command(
+    one = cli.add_command(
         groups, "status", _status, "say what each task is doing",
         "Print what the aggregator is doing: its link, the devices, every task with its round, and what it refused. "
         "An exit code of 5 means that it is not running; what it said last is printed all the same.",
@@ -511,7 +507,7 @@ def _parser() -> Parser:
     cli.add_json(one)
 
     task = _group(groups, "task", "look at tasks")
-    one = _command(
+    one = cli.add_command(
         task, "list", _task_list, "list the tasks, one a line",
         "Print one line for each task, read from the state directory; the aggregator need not run.",
         "aggregator task list --config fleet/aggregator/aggregator.toml",
@@ -524,19 +520,6 @@ def _parser() -> Parser:
 def _group(groups: "argparse._SubParsersAction[Parser]", name: str, text: str) -> "argparse._SubParsersAction[Parser]":
     group = groups.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     return group.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-
-def _command(
-    group: "argparse._SubParsersAction[Parser]",
-    name: str,
-    command: Command,
-    text: str,
-    description: str,
-    *examples: str,
-) -> Parser:
-    parser = group.add_parser(name, help=text, description=description, examples=examples)
-    parser.set_defaults(command=command)
-    return parser
 
 
 def _add_fleet(parser: Parser) -> None:

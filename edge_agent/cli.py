@@ -7,7 +7,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,14 +24,10 @@ PAUSE_MAX = 365 * 86_400.0
 _DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
-Command = Callable[[argparse.Namespace], int]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    command: Command = options.command
-    return cli.guarded("edge-agent", lambda: command(options))
+    return cli.run(_parser(), arguments)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -103,7 +99,7 @@ def _parser() -> Parser:
     cli.add_version(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    one = _command(
+    one = cli.add_command(
         commands,
         "run",
         _run,
@@ -113,7 +109,7 @@ def _parser() -> Parser:
     )
     _add_config(one)
 
-    one = _command(
+    one = cli.add_command(
         commands,
         "status",
         _status,
@@ -125,7 +121,7 @@ def _parser() -> Parser:
     _add_config(one)
     cli.add_json(one)
 
-    one = _command(
+    one = cli.add_command(
         commands,
         "pause",
         _pause,
@@ -145,7 +141,7 @@ def _parser() -> Parser:
     _add_config(one)
     cli.add_json(one)
 
-    one = _command(
+    one = cli.add_command(
         commands,
         "resume",
         _resume,
@@ -157,7 +153,7 @@ def _parser() -> Parser:
     cli.add_json(one)
 
     group = commands.add_parser("config", help="look at the configuration", description="Look at the configuration.")
-    one = _command(
+    one = cli.add_command(
         group.add_subparsers(title="commands", metavar="COMMAND", required=True),
         "check",
         _config_check,
@@ -168,19 +164,6 @@ def _parser() -> Parser:
     )
     _add_config(one)
     cli.add_json(one)
-    return parser
-
-
-def _command(
-    group: "argparse._SubParsersAction[Parser]",
-    name: str,
-    command: Command,
-    text: str,
-    description: str,
-    *examples: str,
-) -> Parser:
-    parser = group.add_parser(name, help=text, description=description, examples=examples)
-    parser.set_defaults(command=command)
     return parser
 
 

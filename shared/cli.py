@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
@@ -44,6 +44,10 @@ MEANING: Mapping[Exit, str] = {
 }
 
 
+Command = Callable[[argparse.Namespace], int]
+"""Does what the options say and returns the exit code."""
+
+
 class Failure(FieldfareError):
     """A command ends early with `code`; the text is its one line."""
 
@@ -76,6 +80,27 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line and where to read more, instead of the whole usage."""
         self.exit(Exit.USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def add_command(
+    group: "argparse._SubParsersAction[Parser]",
+    name: str,
+    command: Command,
+    text: str,
+    description: str,
+    *examples: str,
+) -> Parser:
+    """One command of `group`, without options yet; `text` is its line in the list of commands."""
+    parser = group.add_parser(name, help=text, description=description, examples=examples)
+    parser.set_defaults(command=command)
+    return parser
+
+
+def run(parser: Parser, arguments: Sequence[str] | None) -> int:
+    """Run the command that `arguments` (None: the process's own) choose; returns the exit code."""
+    options = parser.parse_args(arguments)
+    command: Command = options.command
+    return guarded(parser.prog, lambda: command(options))
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:

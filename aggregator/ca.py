@@ -334,9 +334,7 @@ def _server_names(hosts: Sequence[str], loopback: bool) -> list[x509.GeneralName
 def _check(directory: Path, fleet: Fleet, passphrase: bytes | None, days: Days) -> None:
     where = "fleet"
     if not is_name(fleet.name):
-        raise ConfigError(
-            where, "name", f"{fleet.name!r:.80} is not 1-63 of a-z 0-9 - beginning with a letter or digit"
-        )
+        raise _bad_name(where, fleet.name)
     if not fleet.hosts or not all(_HOST.fullmatch(host) for host in fleet.hosts):
         raise ConfigError(where, "host", "needs at least one name or address of the broker, as devices reach it")
     if not 1 <= fleet.port <= 65_535:

@@ -158,9 +158,11 @@ def _name(leaf: x509.Certificate) -> str:
 
 
 def _load_private(path: Path, passphrase: bytes | None, what: str) -> object:
-    secret = passphrase if is_encrypted(path) else None
-    if passphrase is None and is_encrypted(path):
+    encrypted = is_encrypted(path)
+    if encrypted and passphrase is None:
         raise ConfigError(str(path), "", "is encrypted: give its passphrase")
+
+    secret = passphrase if encrypted else None
 
     def parse(pem: bytes) -> object:
         return serialization.load_pem_private_key(pem, secret)

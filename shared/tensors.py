@@ -15,8 +15,6 @@ from shared.errors import Reason, RemoteProtocolError
 from shared.layout import FLOATING, dimension, size, size_bytes
 from shared.messages import TensorSpec
 
-__all__ = ["check_finite", "dimension", "flatten", "load", "save", "unflatten"]
-
 Array: TypeAlias = NDArray[Any]
 
 _CODES: Final[Mapping[str, str]] = {
@@ -45,7 +43,7 @@ def save(layout: Sequence[TensorSpec], tensors: Mapping[str, Array]) -> bytes:
         header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    parts = [np.ascontiguousarray(_little(tensors[spec.name])).tobytes() for spec in layout]
+    parts = [tensors[spec.name].tobytes() for spec in layout]
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
@@ -172,7 +170,3 @@ def _check(layout: Sequence[TensorSpec], tensors: Mapping[str, Array]) -> None:
 
 def _dtype(spec: TensorSpec) -> np.dtype[Any]:
     return np.dtype(spec.dtype).newbyteorder("<")
-
-
-def _little(array: Array) -> Array:
-    return array.astype(array.dtype.newbyteorder("<"), copy=False)

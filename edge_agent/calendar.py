@@ -6,7 +6,7 @@ end is not after its start runs over midnight and belongs to the day on which it
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, time, timedelta, tzinfo
 from itertools import pairwise
 from typing import Self
@@ -68,9 +68,8 @@ class Window:
         return (day in self.days and minute >= self.start) or ((day - 1) % 7 in self.days and minute < self.end)
 
 
-def inside(windows: Iterable[Window], now: datetime, zone: tzinfo) -> bool:
+def inside(windows: Sequence[Window], now: datetime, zone: tzinfo) -> bool:
     """Whether the aware moment `now` lies in one of the windows; no windows at all means always."""
-    windows = tuple(windows)
     local = now.astimezone(zone)
     minute = local.hour * 60 + local.minute + local.second / 60 + local.microsecond / 60e6
     return not windows or any(window.holds(local.weekday(), minute) for window in windows)

@@ -50,7 +50,6 @@ class Reason(StrEnum):
     # updates
     SEALED_BADLY = "sealed_badly"
     NORM = "norm"
-    EXAMPLES = "examples"
     METRICS = "metrics"
     NO_SUCH_ROUND = "no_such_round"
     NOT_SELECTED = "not_selected"

@@ -9,13 +9,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 1
-"""The version this program writes; it reads this one and the one before it (there is none before 1)."""
-
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 """Devices and tasks. Services begin with an underscore, which this pattern cannot match."""
 
 Version = Literal[1]
+"""The protocol version that this program writes; it reads this one and the one before (there is none before 1)."""
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Uint = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]

@@ -14,7 +14,6 @@ RELEASE = "models/release"
 """Where a person or CI puts a model into the fleet."""
 
 SERVICE_OPERATOR = "_operator"
-SERVICE_AGGREGATOR = "_aggregator"
 
 _NAME = re.compile(NAME_PATTERN)
 _HEAD = re.compile(r"^[0-9a-f]{32}$")

@@ -133,7 +133,7 @@ def continues(newer: RoundOffer, older: RoundOffer) -> None:
         raise RemoteProtocolError(Reason.OFFER_BOUNDS, "a re-issued offer opened a round again")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Position:
     """Where a record stands in its task's order: rank is compared lexicographically, digest only for equality."""
 

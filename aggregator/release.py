@@ -29,13 +29,11 @@ from shared.messages import (
     Root,
     Signed,
     TaskManifest,
+    TensorContract,
     Use,
     VerificationKey,
 )
 from shared.opset import OPSET_VERSION
-
-MESSAGE_LIMIT = wire.MESSAGE_MAX
-"""Bytes of a release file unless the caller says otherwise; broker, aggregator and devices have the same default."""
 
 OWN_LOSS = "own"
 """Instead of a loss: the module computes it, forward(*inputs, target) in train mode."""
@@ -44,7 +42,7 @@ UPDATE_OVERHEAD = 32 << 10
 """Bytes that an update needs beside its numbers."""
 
 RELEASE_MAX = wire.MESSAGE_MAX
-"""Bytes of a release file that are read at all."""
+"""Bytes of a release file that are read at all; broker, aggregator and devices have the same default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +95,8 @@ class Description:
             "training": optimizer | {k: v for k, v in _fields(manifest.training).items() if k != "optimizer"},
             "data": {
                 "dataset": manifest.data.dataset,
-                "inputs": [_array(one.name, one.dtype, one.shape, one.classes) for one in manifest.data.inputs],
-                "target": _array(
-                    manifest.data.target.name,
-                    manifest.data.target.dtype,
-                    manifest.data.target.shape,
-                    manifest.data.target.classes,
-                ),
+                "inputs": [_array(one) for one in manifest.data.inputs],
+                "target": _array(manifest.data.target),
                 "min_examples": manifest.data.min_examples,
             },
             "plan": _fields(manifest.plan),
@@ -141,7 +134,7 @@ def read_root(path: Path) -> Root:
 
 
 def build(
-    model: str, loss: str, task: Path, keys: FleetKeys, *, now: float, limit: int = MESSAGE_LIMIT, seed: int = 0
+    model: str, loss: str, task: Path, keys: FleetKeys, *, now: float, limit: int = RELEASE_MAX, seed: int = 0
 ) -> bytes:
     """The bytes of a signed release file.
 
@@ -309,5 +302,5 @@ def _fields(struct: object) -> dict[str, object]:
     return {name: getattr(struct, name) for name in getattr(struct, "__struct_fields__", ())}
 
 
-def _array(name: str, dtype: str, shape: list[int], classes: int) -> str:
-    return f"{name} {dtype}{shape}" + (f" below {classes}" if classes else "")
+def _array(one: TensorContract) -> str:
+    return f"{one.name} {one.dtype}{one.shape}" + (f" below {one.classes}" if one.classes else "")

@@ -208,12 +208,10 @@ class Interpreter:
                     Reason.GRAPH_TOO_LARGE if _is_size(error, said) else Reason.GRAPH_ARGUMENT,
                     f"row {step.number}, {step.op}: {said:.200}",
                 ) from None
+            values[first + step.number] = result
             if meter is not None:
                 meter.after(step, result)
-                # Kept alive, so that no storage is counted twice or mistaken for another.
-                values[first + step.number] = result
-                continue
-            values[first + step.number] = result
+                continue  # all are kept alive, so that no storage is counted twice or mistaken for another
             for value in step.dies:
                 values[value] = None
         return [values[output] for output in outputs]
@@ -224,7 +222,7 @@ class _Meter:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        self._seen: dict[int, int] = {}
+        self._seen: set[int] = set()
         self._total = 0
 
     def before(self, step: _Step, values: Sequence[Any]) -> None:
@@ -265,7 +263,7 @@ class _Meter:
             if size > self._budget.tensor_bytes:
                 self._refuse(step, f"asks for {size} bytes, the limit is {self._budget.tensor_bytes}")
             if storage._cdata not in self._seen:
-                self._seen[storage._cdata] = size
+                self._seen.add(storage._cdata)
                 self._total += size
         if self._total > self._budget.total_bytes:
             self._refuse(step, f"brings the run to {self._total} bytes, the limit is {self._budget.total_bytes}")

@@ -302,12 +302,12 @@ def _opening(options: argparse.Namespace, key: Path) -> bytes | None:
 
 def _root(options: argparse.Namespace, *, required: bool) -> "Root | None":
     """The fleet's root: from --root, else from the fleet folder; None where neither is there and it is not required."""
-    from aggregator import release
+    from shared import identity
 
     path: Path = options.root or options.fleet / "root" / "root.msgpack"
     if not required and options.root is None and not path.exists():
         return None
-    return release.read_root(path)
+    return identity.load_root(path)
 
 
 def _read(file: Path, root: "Root | None", now: float | None = None) -> "tuple[Description, bytes]":

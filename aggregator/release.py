@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from aggregator import task as task_file
 from shared import cli, graph, identity, layout, signing, tensors, trust, wire
-from shared.errors import ConfigError, ExportError, Reason, RemoteProtocolError
+from shared.errors import ExportError, Reason, RemoteProtocolError
 from shared.messages import (
     BlobRef,
     Graphs,
@@ -27,7 +27,6 @@ from shared.messages import (
     ReleaseMessage,
     Role,
     Root,
-    Signed,
     TaskManifest,
     TensorContract,
     Use,
@@ -113,24 +112,10 @@ def fleet_keys(fleet: Path, passphrase: Callable[[Path], bytes | None]) -> Fleet
     key = fleet / "publisher" / "publisher.key"
     secret = passphrase(key) if identity.is_encrypted(key) else None
     return FleetKeys(
-        root=read_root(fleet / "root" / "root.msgpack"),
+        root=identity.load_root(fleet / "root" / "root.msgpack"),
         publisher=identity.load_signing_key(key, secret),
         aggregator=identity.load_signing_public(fleet / "aggregator" / "signing.pub"),
     )
-
-
-def read_root(path: Path) -> Root:
-    """The root record in a file; ConfigError where there is none."""
-    try:
-        return trust.open_root(wire.unpack(path.read_bytes(), Signed))
-    except OSError as error:
-        raise ConfigError(
-            str(path), "", f"cannot be read: {error.strerror}; `aggregator fleet init` makes it"
-        ) from None
-    except RemoteProtocolError as error:
-        raise ConfigError(
-            str(path), "", f"is no signed root record ({error}); copy it again from the fleet folder"
-        ) from None
 
 
 def build(

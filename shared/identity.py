@@ -132,11 +132,13 @@ def load_signing_public(path: Path) -> bytes:
 
 
 def load_root(path: Path) -> Root:
-    """The fleet's root record that this machine pins."""
+    """The fleet's root record that this machine pins; raises ConfigError."""
     try:
         return open_root(wire.unpack(_read(path), Signed, 1 << 20))
     except RemoteProtocolError as error:
-        raise ConfigError(str(path), "", f"is not a fleet's root record ({error})") from None
+        raise ConfigError(
+            str(path), "", f"is not a fleet's root record ({error}); copy it again from the fleet folder"
+        ) from None
 
 
 def is_encrypted(path: Path) -> bool:

@@ -26,7 +26,7 @@ from examples.digits.processes import ENDING, DemoError, Process, Processes, end
 from examples.digits.report import ENOUGH, DeviceRecord, Report, RoundRecord, dot
 from examples.digits.screen import Screen, open_screen
 from examples.digits.watch import Ear, ask
-from shared import trust, wire
+from shared import identity, trust, wire
 from shared.cli import Exit, Parser, complain
 from shared.errors import FieldfareError
 from shared.messages import OfferState, Signed
@@ -155,7 +155,7 @@ class Demo:
         """Build the release file, and what judges its weights and all that follow."""
         self._screen.stage("building the release: the model becomes data, signed by the publisher")
         place.build_release(self._place)
-        root = release_file.read_root(self._place.fleet / "root" / "root.msgpack")
+        root = identity.load_root(self._place.fleet / "root" / "root.msgpack")
         found = release_file.read(self._place.release.read_bytes(), root, time.time())
         judge = Judge(found, root, [self._place.data(device.name) for device in self._devices])
         for device, (fit, held) in zip(self._devices, judge.splits, strict=True):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from aggregator import ca, model, release
-from shared import wire
+from shared import identity, wire
 from shared.cli import Failure
 from shared.errors import ExportError, Reason, RemoteProtocolError
 from shared.messages import ReleaseMessage
@@ -62,7 +62,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _verified(site: Path, now: float = NOW, task: str = "buffers") -> tuple[release.Description, bool]:
-    root = release.read_root(site / "fleet" / "root" / "root.msgpack")
+    root = identity.load_root(site / "fleet" / "root" / "root.msgpack")
     return model.verified((site / "release.msgpack").read_bytes(), task, root, now)
 
 
@@ -97,7 +97,7 @@ def test_another_task_is_refused(site: Path) -> None:
 def test_what_does_not_verify_is_refused(site: Path, tmp_path: Path) -> None:
     """Weights are exported only under the fleet's own root, also after expiry."""
     ca.init_fleet(tmp_path / "other", "other", ["localhost"], now=NOW, passphrase=None)
-    root = release.read_root(tmp_path / "other" / "root" / "root.msgpack")
+    root = identity.load_root(tmp_path / "other" / "root" / "root.msgpack")
     for now in (NOW, NOW + 31 * 86_400):
         with pytest.raises(RemoteProtocolError) as refused:
             model.verified((site / "release.msgpack").read_bytes(), "buffers", root, now)
@@ -121,7 +121,7 @@ def test_an_announcement_has_no_weights(site: Path, tmp_path: Path) -> None:
     """Signed records alone cannot be exported, and the error says what can."""
     message = wire.unpack((site / "release.msgpack").read_bytes(), ReleaseMessage)
     bare = wire.pack(ReleaseMessage(v=1, manifest=message.manifest, release=message.release))
-    root = release.read_root(site / "fleet" / "root" / "root.msgpack")
+    root = identity.load_root(site / "fleet" / "root" / "root.msgpack")
     found, _ = model.verified(bare, "buffers", root, NOW)
     with pytest.raises(ExportError, match="without its weights"):
         model.write(found, tmp_path / "net.safetensors")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregator import ca, release
-from shared import signing, wire
+from shared import identity, signing, wire
 from shared.errors import ConfigError, ExportError, Reason, RemoteProtocolError
 from shared.messages import Graphs, Release, ReleaseMessage, Role, TaskManifest
 
@@ -180,7 +180,7 @@ def test_a_foreign_root_does_not_verify(built: bytes, tmp_path: Path) -> None:
     """A release of one fleet is refused under the root of another."""
     ca.init_fleet(tmp_path / "other", "other", ["localhost"], now=NOW, passphrase=None)
     with pytest.raises(RemoteProtocolError) as refused:
-        release.read(built, release.read_root(tmp_path / "other" / "root" / "root.msgpack"), NOW)
+        release.read(built, identity.load_root(tmp_path / "other" / "root" / "root.msgpack"), NOW)
     assert refused.value.reason is Reason.UNKNOWN_KEY
 
 
@@ -258,10 +258,10 @@ def test_missing_keys_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="aggregator fleet init"):
         release.fleet_keys(tmp_path, lambda path: None)
     with pytest.raises(ConfigError, match="aggregator fleet init"):
-        release.read_root(tmp_path / "root.msgpack")
+        identity.load_root(tmp_path / "root.msgpack")
     (tmp_path / "root.msgpack").write_bytes(b"junk")
-    with pytest.raises(ConfigError, match="no signed root record"):
-        release.read_root(tmp_path / "root.msgpack")
+    with pytest.raises(ConfigError, match="not a fleet's root record"):
+        identity.load_root(tmp_path / "root.msgpack")
 
 
 def test_an_encrypted_publisher_key_asks_once(tmp_path: Path) -> None:

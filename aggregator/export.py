@@ -53,25 +53,11 @@ from shared.tensors import save
 _BATCH: Final = 3
 """Examples in the traced batch: two or more, so that no row is specialised to a batch of one."""
 
-_DTYPES: Final[Mapping[torch.dtype, str]] = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.int64: "int64",
-    torch.int32: "int32",
-    torch.int16: "int16",
-    torch.int8: "int8",
-    torch.uint8: "uint8",
-    torch.bool: "bool",
-}
-_TORCH: Final[Mapping[str, torch.dtype]] = {name: dtype for dtype, name in _DTYPES.items()}
+_TORCH: Final[Mapping[str, torch.dtype]] = {dtype.value: getattr(torch, dtype.value) for dtype in DType}
+_DTYPES: Final[Mapping[torch.dtype, str]] = {dtype: name for name, dtype in _TORCH.items()}
 
 _MEMORY_FORMATS: Final[Mapping[torch.memory_format, MemoryFormat]] = {
-    torch.contiguous_format: MemoryFormat.CONTIGUOUS,
-    torch.preserve_format: MemoryFormat.PRESERVE,
-    torch.channels_last: MemoryFormat.CHANNELS_LAST,
-    torch.channels_last_3d: MemoryFormat.CHANNELS_LAST_3D,
+    getattr(torch, memory.value): memory for memory in MemoryFormat
 }
 
 _INTEGERS: Final[Mapping[object, str]] = {

@@ -18,24 +18,10 @@ from shared.errors import Reason, RemoteProtocolError
 from shared.graph import GETITEM, Constant, DType, Graph, MemoryFormat, Ref, Row, Strides, Value, after_target
 from shared.opset import OPERATORS
 
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int16": torch.int16,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
+DTYPES: Final[Mapping[str, torch.dtype]] = {dtype.value: getattr(torch, dtype.value) for dtype in DType}
 
 _MEMORY_FORMATS: Final[Mapping[MemoryFormat, torch.memory_format]] = {
-    MemoryFormat.CONTIGUOUS: torch.contiguous_format,
-    MemoryFormat.PRESERVE: torch.preserve_format,
-    MemoryFormat.CHANNELS_LAST: torch.channels_last,
-    MemoryFormat.CHANNELS_LAST_3D: torch.channels_last_3d,
+    memory: getattr(torch, memory.value) for memory in MemoryFormat
 }
 
 _TENSORS: Final = frozenset({"T", "N", "T[]", "T?[]"})

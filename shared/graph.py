@@ -52,7 +52,7 @@ LIMITS: Final = Limits()
 
 
 class DType(Enum):
-    """Element types a graph may name."""
+    """Element types a graph may name, called as in torch."""
 
     FLOAT32 = "float32"
     FLOAT64 = "float64"
@@ -67,7 +67,7 @@ class DType(Enum):
 
 
 class MemoryFormat(Enum):
-    """Memory formats a graph may name."""
+    """Memory formats a graph may name, called as in torch."""
 
     CONTIGUOUS = "contiguous_format"
     PRESERVE = "preserve_format"

@@ -109,7 +109,6 @@ class DeviceFacts:
     cpu_others: float | None = None
     """Percent of all CPUs that processes other than ours used since the reading before."""
     memory_free: int | None = None
-    memory_total: int | None = None
     disk_free: int | None = None
     """Bytes."""
     temperature: float | None = None

@@ -58,7 +58,6 @@ class Sensors:
             self._worked = now.mono
         mains, has_battery, battery = self._power()
         temperature, margin = self._heat()
-        memory = self._memory()
         paused, until = self._pause(now.utc)
         return DeviceFacts(
             local=datetime.fromtimestamp(now.utc, UTC).astimezone(self._zone),
@@ -70,8 +69,7 @@ class Sensors:
             io_pressure=self._pressure("io"),
             load=self._load(),
             cpu_others=self._cpu_others(trainer),
-            memory_free=memory.get("MemAvailable"),
-            memory_total=memory.get("MemTotal"),
+            memory_free=self._memory(),
             disk_free=self._disk(),
             temperature=temperature,
             heat_margin=margin,
@@ -174,15 +172,14 @@ class Sensors:
 
     # -- room ----------------------------------------------------------------------------------------------------
 
-    def _memory(self) -> dict[str, int]:
-        """/proc/meminfo in bytes."""
-        found = {}
+    def _memory(self) -> int | None:
+        """Bytes of MemAvailable."""
         for line in _lines(self._proc / "meminfo"):
             words = line.split()
-            value = _whole(words[1]) if len(words) == 3 and words[2] == "kB" else None
-            if value is not None:
-                found[words[0].rstrip(":")] = value * 1024
-        return found
+            if words[:1] == ["MemAvailable:"] and len(words) == 3 and words[2] == "kB":
+                value = _whole(words[1])
+                return None if value is None else value * 1024
+        return None
 
     def _disk(self) -> int | None:
         try:

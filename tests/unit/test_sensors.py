@@ -109,7 +109,7 @@ def test_pressure_load_and_memory_are_read(tree: Tree) -> None:
     facts = tree.read()
     assert (facts.cpu_pressure, facts.memory_pressure, facts.io_pressure) == (12.5, 0.1, 99.0)
     assert facts.load == 2.0
-    assert (facts.memory_total, facts.memory_free) == (8000 * 1024, 4000 * 1024)
+    assert facts.memory_free == 4000 * 1024
     assert facts.disk_free is not None
     assert facts.disk_free > 0
 
@@ -282,6 +282,5 @@ def test_this_machine_can_be_read(tmp_path: Path) -> None:
     senses = Sensors(Path("/sys"), Path("/proc"), tmp_path, UTC)
     facts = senses.read(NOW)
     assert facts.memory_free is not None
-    assert facts.memory_total is not None
-    assert 0 < facts.memory_free <= facts.memory_total
+    assert 0 < facts.memory_free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert facts.load is not None

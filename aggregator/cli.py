@@ -564,7 +564,7 @@ def _port(text: str) -> int:
 
 
 def _size(text: str) -> int:
-    return _whole(text, 65_536, 256 << 20)
+    return _whole(text, 65_536, (256 << 20) - 1)  # as in the daemons' configurations
 
 
 def _positive(text: str) -> int:

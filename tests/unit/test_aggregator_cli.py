@@ -105,6 +105,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["fleet", "init", "x"],
         ["fleet", "init", "x", "--host", "h", "--port", "0"],
         ["fleet", "init", "x", "--host", "h", "--message-max", "10"],
+        ["fleet", "init", "x", "--host", "h", "--message-max", "268435456"],
         ["device", "add", "x"],
         ["release", "publish", "x", "--wait", "long"],
         ["release", "publish", "x", "--wait", "nan"],

@@ -32,7 +32,7 @@ class Broker(Section, frozen=True):
     """Seconds for TCP and TLS."""
     message_max: Annotated[int, Meta(ge=65_536, le=268_435_455)] = 64 << 20
     """Bytes of one message that is taken; the broker's limit applies too where it is lower. MQTT ends at 256 MiB."""
-    prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64}){0,3}$")] = "fl"
+    prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,32}(/[A-Za-z0-9_-]{1,32}){0,3}$")] = "fl"
     """Of every topic but the models'; the same on devices and in the broker's ACL."""
 
 

@@ -201,7 +201,8 @@ def _status(options: argparse.Namespace) -> int:
     try:
         told = json.loads(cli.load(path, 16 << 20))
     except FileNotFoundError:
-        raise Failure(Exit.UNREACHABLE, f"the aggregator has never run with this configuration (no {path})") from None
+        start = f"`aggregator run --config {options.config}` or `systemctl start aggregator` starts it"
+        raise Failure(Exit.UNREACHABLE, f"the aggregator is not running (no {path}); {start}") from None
     except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict):

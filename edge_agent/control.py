@@ -124,7 +124,8 @@ def ask(run_dir: Path, request: Request) -> dict[str, Any]:
             connection.sendall(_line(msgspec.to_builtins(request)))
             line = _receive(connection, ANSWER_MAX, 2 * PATIENCE)
     except (FileNotFoundError, ConnectionRefusedError):
-        raise LinkError(f"the agent is not running (nothing listens at {path})") from None
+        start = "`edge-agent run` or `systemctl start edge-agent` starts it"
+        raise LinkError(f"the agent is not running (nothing listens at {path}); {start}") from None
     except PermissionError:
         raise LinkError(f"no permission to ask the agent at {path}; try as root or as a member of its group") from None
     except TimeoutError:

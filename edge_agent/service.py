@@ -118,6 +118,10 @@ class Service:
         self._counts: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._last_update: dict[str, object] | None = None
+        self._last_failure: dict[str, object] | None = None
+        """Of training; None once one has worked since."""
+        self._missed: set[tuple[str, int]] = set()
+        """Tasks, with the manifest's version, whose owner was told that their data set is not here."""
         self._link_cause = "connecting"
 
     def run(self) -> None:
@@ -291,6 +295,7 @@ class Service:
                     release=effect.release.number,
                     bytes=effect.release.weights.size,
                 )
+                self._tell_of_data(effect.manifest)
             case core.KeepOffer():
                 pass
             case core.Sense():
@@ -314,6 +319,8 @@ class Service:
                 )
             case core.TrainingFailed():
                 self._counts["training_failed"] += 1
+                failure = {"task": effect.task, "round": effect.round, "reason": effect.reason}
+                self._last_failure = failure | {"detail": effect.detail}
                 self._drop(effect.id)
                 tell(
                     Event.TRAINING_FAILED,
@@ -392,6 +399,7 @@ class Service:
 
     def _training_finished(self, effect: core.TrainingFinished) -> None:
         done = effect.done
+        self._last_failure = None
         tell(
             Event.TRAINING_FINISHED,
             task=effect.task,
@@ -402,6 +410,13 @@ class Service:
             seconds=done.seconds,
             **{f"metric_{name}": value for name, value in done.metrics.items()},
         )
+
+    def _tell_of_data(self, manifest: TaskManifest) -> None:
+        """Once for each manifest, say that a task passes this device by."""
+        missing, key = _missing(manifest, self._participation.datasets), (manifest.task, manifest.version)
+        if missing is not None and key not in self._missed:
+            self._missed.add(key)
+            tell(Event.DATA_MISSED, task=manifest.task, obstacle=missing)
 
     def _send_update(self, sent: core.Sent) -> None:
         try:
@@ -508,7 +523,8 @@ class Service:
                 "step": part.progress.step if part.progress is not None else 0,
             },
             "last_update": self._last_update,
-            "tasks": {task.name: _shown(task) for task in part.tasks.values()},
+            "last_failure": self._last_failure,
+            "tasks": {task.name: _shown(task, part.datasets) for task in part.tasks.values()},
             "memory": {"agent": rss(os.getpid()), "trainer": self._trainer.rss()},
             "counts": dict(sorted(self._counts.items())),
             "refused": dict(sorted(self._refused.items())),
@@ -546,8 +562,10 @@ def restored(kept: Kept, trust: Trust, now: float) -> Task | None:
     return task
 
 
-def _shown(task: Task) -> dict[str, object]:
+def _shown(task: Task, datasets: frozenset[str]) -> dict[str, object]:
+    missing = None if task.manifest is None else _missing(task.manifest, datasets)
     return {
+        "obstacle": missing,
         "version": task.manifest.version if task.manifest is not None else None,
         "release": task.release.number if task.release is not None else None,
         "round": task.offer.round if task.offer is not None else None,
@@ -555,6 +573,14 @@ def _shown(task: Task) -> dict[str, object]:
         "rounds": task.manifest.plan.rounds if task.manifest is not None else None,
         "last_round_trained": task.worked[1],
     }
+
+
+def _missing(manifest: TaskManifest, datasets: frozenset[str]) -> str | None:
+    """What to do about a task whose data set this device does not have; None if it has it."""
+    name = manifest.data.dataset
+    if name in datasets:
+        return None
+    return f"no data set {name} here: say in agent.toml where it lies, path in [data.{name}], and restart edge-agent"
 
 
 def check_identity(config: AgentConfig) -> None:

@@ -21,6 +21,7 @@ class Event(StrEnum):
     LIBRARY_SAID = "library.said"
     # the device
     RELEASE_ACCEPTED = "release.accepted"
+    DATA_MISSED = "data.missed"
     DEVICE_ELIGIBLE = "device.eligible"
     DEVICE_BLOCKED = "device.blocked"
     DEVICE_PAUSED = "device.paused"
@@ -55,6 +56,7 @@ _LEVELS: Mapping[Event, str] = {
     Event.LINK_DOWN: "warning",
     Event.MESSAGE_REFUSED: "warning",
     Event.CLOCK_JUMPED: "warning",
+    Event.DATA_MISSED: "warning",
     Event.TRAINER_DIED: "warning",
     Event.TRAINING_FAILED: "error",
     Event.ROUND_EXTENDED: "warning",

@@ -29,6 +29,14 @@ from shared.errors import ConfigError, LinkError
 DURABLE_SESSION = 30 * 86_400
 """Seconds that a broker keeps a durable session while its client is away."""
 
+_MEANINGS = {
+    "Connection refused": "nothing listens there: does mosquitto run, and are host and port right?",
+    "certificate has expired": "the broker's certificate has, or this machine's clock is wrong",
+    "alert certificate expired": "the broker refuses {cert}: it has expired, a new bundle is needed",
+    "alert unknown ca": "the broker refuses {cert}: it is of another fleet",
+}
+"""What to make of an error's words when it names a cause that an operator can remove."""
+
 _PACKET_OVERHEAD = 1024
 """Bytes allowed for topic, header and properties beside a payload."""
 
@@ -257,12 +265,18 @@ class Link:
         # paho calls this inside its except block; the error itself is not among the arguments.
         error = sys.exc_info()[1]
         where = f"{self._settings.host}:{self._settings.port}"
-        self._post.post(LinkDown(f"no connection to {where}: {error if error else 'unknown cause'}"))
+        self._post.post(LinkDown(self._explained(f"no connection to {where}: {error if error else 'unknown cause'}")))
 
     def _on_disconnect(self, _c: object, _u: object, flags: paho.DisconnectFlags, code: ReasonCode, _p: object) -> None:
         complaint, self._complaint = self._complaint, ""
         silent = code.getName() == "Unspecified error" and not flags.is_disconnect_packet_from_server
-        self._post.post(LinkDown(complaint or ("the connection was cut" if silent else str(code))))
+        cause = complaint or ("the connection was cut" if silent else str(code))
+        self._post.post(LinkDown(self._explained(cause)))
+
+    def _explained(self, cause: str) -> str:
+        """A library's words, and what they mean here."""
+        found = next((meaning for word, meaning in _MEANINGS.items() if word in cause), None)
+        return cause if found is None else f"{cause}; {found.format(cert=self._settings.cert)}"
 
     def _on_log(self, _c: object, _u: object, level: int, text: str) -> None:
         # The only place where paho says what a socket's error was, such as the alert that refuses a certificate.

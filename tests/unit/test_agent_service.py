@@ -12,7 +12,7 @@ from edge_agent.child import TrainerSaid
 from edge_agent.jobs import Done
 from edge_agent.service import Service, Stop, restored
 from edge_agent.store import Kept, Store
-from shared import identity, signing, wire
+from shared import identity, logs, signing, wire
 from shared.driver import read_clock
 from shared.errors import ConfigError
 from shared.machine import Instant
@@ -99,7 +99,8 @@ def test_a_task_that_the_root_no_longer_stands_behind_is_forgotten(service: Serv
     found = restored(stored(), RECORDS.trust, NOW.utc)
     assert found is not None and found.release_position == stored().release_position
     assert restored(stored(), Records(publisher=key(9)).trust, NOW.utc) is None
-    message = RECORDS.message()
+    records_here = Records()
+    message = records_here.message()
     first = Position((1,), signing.digest(message.manifest)), Position((1, 0), signing.digest(message.release))
     Store(tmp_path / "state").keep_release("points", message, *first)
     assert Service(service._config, read_clock())._participation.tasks == {}
@@ -128,3 +129,34 @@ def test_a_result_that_nobody_waits_for_leaves_nothing(service: Service) -> None
     done = Done("given-up", bytes(80), 6, bytes(32), 40, 10, 10, {"loss": 1.0}, 0.5, 1.0, 1.0, 1.0, 1)
     assert service.handle(TrainerSaid(1, done), NOW) == []
     assert list(service._store.outbox.iterdir()) == []
+
+
+def test_a_task_without_its_data_says_so(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    """An owner who forgot the data section reads it in the log, once, and in the status, and not only nothing."""
+    logs.configure("info", "json", environ={}, identifier="test")
+    records_here = Records()
+    message = records_here.message()
+    service._participation.trust = records_here.trust
+    kept = [
+        each
+        for each in service.handle(core.ReleaseArrived("points", message), NOW)
+        if isinstance(each, core.KeepRelease)
+    ]
+    assert len(kept) == 1
+    for effect in kept * 2:
+        assert list(service.perform(effect)) == []
+    told = [line for line in capsys.readouterr().err.splitlines() if '"data.missed"' in line]
+    assert len(told) == 1 and "[data.points]" in told[0]
+    tasks = service._status(NOW)["tasks"]
+    assert isinstance(tasks, dict) and "[data.points]" in tasks["points"]["obstacle"]
+
+
+def test_a_failed_training_stays_in_sight(service: Service) -> None:
+    """Until one has worked, `edge-agent status` says why the last one did not."""
+    assert service._status(NOW)["last_failure"] is None
+    list(service.perform(core.TrainingFailed("job", "points", 3, "data", "x.npz: there is no such file", 60.0)))
+    failure = service._status(NOW)["last_failure"]
+    assert failure == {"task": "points", "round": 3, "reason": "data", "detail": "x.npz: there is no such file"}
+    done = Done("job", bytes(80), 6, bytes(32), 40, 10, 10, {"loss": 1.0}, 0.5, 1.0, 1.0, 1.0, 1)
+    list(service.perform(core.TrainingFinished("points", 4, done)))
+    assert service._status(NOW)["last_failure"] is None

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 
 from edge_agent.eligibility import DeviceFacts
+from shared.files import write_durably
 from shared.machine import Instant
 
 PAUSE_FILE = "paused.json"
@@ -209,9 +210,7 @@ class Sensors:
 
 def pause(state_dir: Path, until: float | None) -> None:
     """Pause training until the UTC second `until`, or until `resume`; OSError if that cannot be written."""
-    draft = state_dir / (PAUSE_FILE + ".new")
-    draft.write_text(json.dumps({"until": until}) + "\n")
-    os.replace(draft, state_dir / PAUSE_FILE)
+    write_durably(state_dir / PAUSE_FILE, json.dumps({"until": until}).encode() + b"\n")
 
 
 def resume(state_dir: Path) -> None:

@@ -115,6 +115,7 @@ class Broker:
             raise LinkError(f"there is no {self._program} on this machine: sudo apt-get install mosquitto")
         # It dies with this process, whatever ends that, where the system can promise it.
         leash = [found, "--pdeathsig", "KILL", "--"] if (found := shutil.which("setpriv")) else []
+        # A session of its own: Ctrl-C reaches this process alone, which ends the broker after those that need it.
         with self.log.open("ab") as log:
             before = log.tell()
             self._child = subprocess.Popen(
@@ -122,6 +123,7 @@ class Broker:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
             )
         end = time.monotonic() + _START_SECONDS
         # Its word in the log, not a connection: another broker may listen on this port.

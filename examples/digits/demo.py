@@ -1,62 +1,41 @@
 """`make demo`: a fleet of devices, each of which has seen three of the ten digits, learns together to read all ten.
 
 Everything is real: the fleet's keys and certificates, mosquitto with TLS 1.3, the aggregator, the agents and their
-trainers, each a process of its own. This program only sets them up, watches, judges every release on the hold-outs of
-all devices, and sums up. It exits with 1 when that is below .70, and leaves no process behind.
+trainers, each a process of its own. The course of it is course.py; this is the command around it. It exits with 1 when
+the last release reads less than .70 of the hold-outs of all devices right, and leaves no process behind.
 """
 
-import contextlib
+import os
 import re
 import signal
 import sys
-import time
-from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
-from aggregator import release as release_file
-from aggregator.broker import Broker
-from edge_agent.child import rss
-from examples.digits import data, place
-from examples.digits.judge import Judge, Score
-from examples.digits.place import Place
-from examples.digits.processes import ENDING, DemoError, Process, Processes, end_of, program
-from examples.digits.report import ENOUGH, DeviceRecord, Report, RoundRecord, dot
-from examples.digits.screen import Screen, open_screen
-from examples.digits.watch import Ear, ask
-from shared import identity, trust, wire
+from examples.digits.processes import ENDING
 from shared.cli import Exit, Parser, complain
 from shared.errors import FieldfareError
-from shared.messages import OfferState, Signed
-from shared.mqtt import Message
 
-TASK = "digits"
-STALL = 180.0
-"""Seconds without a new release after which the demo gives up."""
-
-LOOK = 0.5
-"""Seconds between two looks at the devices."""
-
-DEVICE_MEMORY = 260 << 20
-"""Bytes that a device's agent and its trainer take together, besides what all trainers share."""
-
-OWN_MEMORY = 450 << 20
-"""Bytes that the demo itself, the broker and the aggregator take."""
+INTERRUPTED = "interrupted; all of its processes have ended"
 
 
 def main() -> int:
     """Run the demo; returns the exit code."""
     options = _options()
-    for number in ENDING:
-        signal.signal(number, _interrupt)
+    _at_the_end(_leave)
+    # Seconds of torch and scikit-learn; an exception raised in the depths of their imports could be lost there.
+    from examples.digits import course
+    from examples.digits.report import ENOUGH, dot
+
     try:
-        with _claimed(options.folder) as here, open_screen(options.rounds) as screen:
-            report = Demo(here, options.devices, options.rounds, screen).run()
+        _at_the_end(_interrupt)
+        report = course.run(options.folder, options.devices, options.rounds)
         print("\n".join(["", *report.lines()]), flush=True)
     except KeyboardInterrupt:
-        return complain("demo", "interrupted; all of its processes have ended", Exit.INTERRUPTED)
+        return complain("demo", INTERRUPTED, Exit.INTERRUPTED)
     except FieldfareError as error:
         print(f"demo: {error}", file=sys.stderr)  # may end with lines of a log
         return Exit.FAILED
@@ -68,200 +47,16 @@ def main() -> int:
     return Exit.OK
 
 
-class Demo:
-    """One run from an empty folder to a report."""
-
-    def __init__(self, here: Place, devices: int, rounds: int, screen: Screen) -> None:
-        self._place, self._rounds, self._screen = here, rounds, screen
-        self._devices = [
-            DeviceRecord(name=f"device-{number}", digits=data.digits_of(number, devices)) for number in range(devices)
-        ]
-        self._begun = time.monotonic()
-
-    def run(self) -> Report:
-        """All of it; the processes have ended when this returns or raises."""
-        port = self._make()
-        with Processes(Broker(self._place.fleet / "broker", port)) as processes:
-            self._start(processes)
-            judge = self._build()
-            processes.check()
-            self._screen.stage("publishing it to models/release")
-            place.publish_release(self._place)
-            published = time.monotonic()
-            training = self._train(processes, judge, published)
-            trained = time.monotonic()
-            memory = processes.aggregator and rss(processes.aggregator.pid)
-            self._screen.stage("taking the model home as safetensors")
-            place.export_model(self._place)
-        self._screen.stage("training every device once more, with its own data only")
-        for number, device in enumerate(self._devices):
-            alone = judge.alone(number, len(training.records))
-            device.alone_accuracy, device.alone_known = round(alone.accuracy, 4), alone.known
-        report = Report(
-            rounds_planned=self._rounds,
-            epochs=judge.manifest.training.epochs,
-            images=judge.images,
-            digits=judge.digits,
-            start_accuracy=judge.start.accuracy,
-            rounds=training.records,
-            devices=self._devices,
-            digits_known=training.score.known,
-            accuracy_by_digit=training.score.by_digit,
-            aggregator_memory=memory or 0,
-            setup_seconds=published - self._begun,
-            training_seconds=trained - published,
-            total_seconds=time.monotonic() - self._begun,
-            places={
-                "model": str(self._place.model),
-                "report": str(self._place.report),
-                "logs": str(self._place.logs),
-                "fleet": str(self._place.fleet),
-                "devices": str(self._place.root / "devices"),
-            },
-        )
-        report.write(self._place.report)
-        self._screen.stage("done")
-        return report
-
-    def _make(self) -> int:
-        """The fleet, the devices and what they hold; returns the broker's port."""
-        need, free = OWN_MEMORY + len(self._devices) * DEVICE_MEMORY, _memory_available()
-        if free is not None and free < need:
-            few = max(1, (free - OWN_MEMORY) // DEVICE_MEMORY)
-            raise DemoError(f"{need >> 20} MiB of memory are needed and {free >> 20} are available; try DEVICES={few}")
-        self._screen.stage(f"making a fleet with {len(self._devices)} devices in {self._place.root}")
-        port = place.make_fleet(self._place)
-        place.make_machine(self._place)
-        place.make_task(self._place, len(self._devices), self._rounds)
-        pixels, labels = data.load()
-        for device, rows in zip(self._devices, data.deal(labels, len(self._devices)), strict=True):
-            place.make_device(self._place, device.name)
-            data.write(self._place.data(device.name), pixels[rows], labels[rows])
-        return port
-
-    def _start(self, processes: Processes) -> None:
-        """Broker, aggregator and agents."""
-        self._screen.stage("starting mosquitto, the aggregator and the agents")
-        processes.broker.start()
-        config = self._place.fleet / "aggregator" / "aggregator.toml"
-        log = self._place.logs / "aggregator.log"
-        processes.aggregator = Process("aggregator", log, [program("aggregator"), "run", "--config", str(config)])
-        for name in (device.name for device in self._devices):
-            config, log = self._place.device(name) / "agent.toml", self._place.logs / f"{name}.log"
-            processes.agents.append(Process(name, log, [program("edge-agent"), "run", "--config", str(config)]))
-        self._screen.devices(self._devices)
-
-    def _build(self) -> Judge:
-        """Build the release file, and what judges its weights and all that follow."""
-        self._screen.stage("building the release: the model becomes data, signed by the publisher")
-        place.build_release(self._place)
-        root = identity.load_root(self._place.fleet / "root" / "root.msgpack")
-        found = release_file.read(self._place.release.read_bytes(), root, time.time())
-        judge = Judge(found, root, [self._place.data(device.name) for device in self._devices])
-        for device, (fit, held) in zip(self._devices, judge.splits, strict=True):
-            device.examples, device.held_out = len(fit), len(held)
-        return judge
-
-    def _train(self, processes: Processes, judge: Judge, published: float) -> "Training":
-        """Until the task is finished: judge every release, look at every device."""
-        self._screen.stage(f"training for {self._rounds} rounds")
-        training = Training(published, judge.start)
-        looked, heard = 0.0, published
-        with Ear(place.operator(self._place), TASK) as ear:
-            while not training.finished:
-                for at, message in ear.listen(LOOK):
-                    if message.topic == ear.offer:
-                        self._hear_offer(training, judge, message, at)
-                    elif (record := self._hear_release(training, judge, message, at)) is not None:
-                        heard = time.monotonic()
-                        self._screen.devices(self._devices)
-                        self._screen.released(record)
-                processes.check()
-                if time.monotonic() - looked >= LOOK:
-                    self._look()
-                    self._screen.devices(self._devices)
-                    looked = time.monotonic()
-                if time.monotonic() - heard > STALL:
-                    raise DemoError(f"no new release for {STALL:.0f} seconds; {self._aggregators_words()}")
-        self._look()
-        self._screen.devices(self._devices)
-        if not training.records:
-            raise DemoError(f"the task ended without a new release; {self._aggregators_words()}")
-        return training
-
-    def _hear_offer(self, training: "Training", judge: Judge, message: Message, at: float) -> None:
-        offer = trust.offer(wire.unpack(message.payload, Signed), judge.first.message.manifest, judge.manifest)
-        training.opened.setdefault(offer.round, at)
-        training.finished = offer.state is OfferState.FINISHED
-
-    def _hear_release(self, training: "Training", judge: Judge, message: Message, at: float) -> RoundRecord | None:
-        found = release_file.read(message.payload, judge.root, time.time())
-        if found.release.number <= training.newest or found.message.weights is None:
-            return None
-        training.score = judge.score(found.message.weights)
-        self._look()
-        up, down = (sum(d.bytes_up for d in self._devices), sum(d.bytes_down for d in self._devices))
-        number = max(training.opened, default=found.release.number)
-        record = RoundRecord(
-            round=number,
-            release=found.release.number,
-            accuracy=training.score.accuracy,
-            loss=training.score.loss,
-            reported_accuracy=found.release.metrics.get("accuracy"),
-            seconds=at - training.opened.get(number, training.published),
-            at=at - training.published,
-            bytes_up=up - training.up,
-            bytes_down=down - training.down,
-        )
-        training.up, training.down = up, down
-        training.records.append(record)
-        return record
-
-    def _look(self) -> None:
-        for device in self._devices:
-            ask(self._place, device)
-
-    def _aggregators_words(self) -> str:
-        return end_of(self._place.logs / "aggregator.log")
+def _at_the_end(action: Callable[[int, FrameType | None], NoReturn]) -> None:
+    for number in ENDING:
+        signal.signal(number, action)
 
 
-@dataclass(slots=True)
-class Training:
-    """What is known of it so far; times are monotonic seconds."""
-
-    published: float
-    score: Score
-    """Of the newest release."""
-    records: list[RoundRecord] = field(default_factory=list)
-    opened: dict[int, float] = field(default_factory=dict)
-    """When each round's first offer came."""
-    up: int = 0
-    down: int = 0
-    """Bytes of all devices up to the newest release."""
-    finished: bool = False
-
-    @property
-    def newest(self) -> int:
-        """The number of the newest release."""
-        return self.records[-1].release if self.records else 0
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(complain("demo", INTERRUPTED, Exit.INTERRUPTED))  # no process and no folder is there yet
 
 
-@contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[Place]:
-    root = folder.resolve()
-    with place.claim(root):
-        yield Place(root)
-
-
-def _memory_available() -> int | None:
-    """Bytes; of this machine, not of the one that the agents see."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
-    return None
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
@@ -269,23 +64,20 @@ def _options() -> Namespace:
     parser = Parser(
         prog="demo",
         description="Eight devices, each of which has seen three of the ten digits, learn together to read them all.",
-        examples=("make demo", "make demo DEVICES=4 ROUNDS=30"),
+        examples=("make demo", "make demo DEVICES=4 ROUNDS=30", "make demo ARGS='--folder build/demo2'"),
     )
-    parser.add_argument("--devices", type=_up_to(60), default=8, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--rounds", type=_up_to(1000), default=15, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--devices", default="8", metavar="DEVICES", help="how many (default: %(default)s)")
+    parser.add_argument("--rounds", default="15", metavar="ROUNDS", help="how many (default: %(default)s)")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/demo"), help="emptied and made anew (default: %(default)s)"
     )
-    return parser.parse_args()
-
-
-def _up_to(most: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
+    options = parser.parse_args()
+    for name, most in {"devices": 60, "rounds": 1000}.items():
+        text = vars(options)[name]
         if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= most:
-            raise ArgumentTypeError(f"{text!r} is not a whole number from 1 to {most}")
-        return int(text)
-
-    return whole
+            parser.error(f"{name.upper()} must be a whole number from 1 to {most}; it is {text or 'empty'}")
+        setattr(options, name, int(text))
+    return options
 
 
 if __name__ == "__main__":

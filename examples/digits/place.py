@@ -23,6 +23,7 @@ SETTLE = 1.0
 """Seconds that a device of the demo waits before it offers itself; 60 by default, which a demo has no time for."""
 
 _SOCKET_MAX = 107
+_ANOTHER = "name another folder: make demo ARGS='--folder build/demo2'"
 _PRESSURE = "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
 
 
@@ -86,14 +87,14 @@ def claim(root: Path) -> IO[bytes]:
     if len(str(root / "run" / "device-99" / "control.sock")) > _SOCKET_MAX:
         raise DemoError(f"{root} is too long a path for a Unix socket in it; move the checkout to a shorter one")
     if root.is_dir() and not mark.exists() and any(root.iterdir()):
-        raise DemoError(f"{root} holds what no demo made, and would be emptied; name another folder with --folder")
+        raise DemoError(f"{root} holds what no demo made, and would be emptied; {_ANOTHER}")
     root.mkdir(parents=True, exist_ok=True)
     lock = mark.open("wb")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
-        raise DemoError(f"another demo runs in {root}; wait for it, or name another folder with --folder") from None
+        raise DemoError(f"another demo runs in {root}; wait for it, or {_ANOTHER}") from None
     for entry in root.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -19,6 +19,7 @@ from tests.hostile.daemon import LEASH
 
 ROOT = Path(__file__).parents[2]
 DEVICES, ROUNDS = 4, 6
+INTERRUPTED = "demo: interrupted; all of its processes have ended\n"
 DAEMONS = {"mosquitto": 1, "aggregator": 1, "edge-agent": 2, "edge_agent.trainer": 2}
 
 pytestmark = [
@@ -41,7 +42,12 @@ class Running:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.process = subprocess.Popen(
-            _command(folder, 2, 1000), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            _command(folder, 2, 1000),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # for `interrupt`
         )
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -51,6 +57,10 @@ class Running:
             assert self.process.stderr is not None
             pytest.fail(f"the demo ended early: {self.process.stderr.read()}")
         self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def interrupt(self) -> None:
+        """Ctrl-C as a terminal sends it: to every process of the demo's group."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def kinds(self) -> dict[str, int]:
         """How many processes of each kind the demo has."""
@@ -142,13 +152,33 @@ def test_interrupt_leaves_no_process(running: Running) -> None:
     second = subprocess.run(_command(running.folder, 2, 1), cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert second.returncode == 1
     assert "another demo runs in" in second.stderr and second.stderr.count("\n") == 1
-    running.process.send_signal(signal.SIGINT)
+    running.interrupt()
     code, said = running.end()
-    assert (code, said) == (130, "demo: interrupted; all of its processes have ended\n")
+    assert (code, said) == (130, INTERRUPTED)
     assert running.survivors() == []
-    # In good order: every daemon said goodbye.
-    for log in running.folder.glob("logs/*.log"):
-        assert "daemon.stopped" in log.read_text(), log
+    # In good order: every daemon said goodbye, and the broker outlived them.
+    logs = {log.name: log.read_text() for log in running.folder.glob("logs/*.log")}
+    assert len(logs) == 3
+    for name, text in logs.items():
+        assert "daemon.stopped" in text and "link.down" not in text, name
+
+
+@pytest.mark.parametrize("loaded", ["/numpy/", "/libtorch_cpu.so", "/sklearn/"])
+def test_interrupt_while_libraries_load(tmp_path: Path, loaded: str) -> None:
+    """Ctrl-C in the first seconds, when torch and scikit-learn are imported, is one line and exit 130 too."""
+    demo = subprocess.Popen(
+        _command(tmp_path / "demo", 2, 1), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        maps = Path(f"/proc/{demo.pid}/maps")
+        while loaded not in maps.read_text():
+            assert demo.poll() is None
+        os.killpg(demo.pid, signal.SIGINT)
+        _, said = demo.communicate(timeout=30)
+    finally:
+        demo.kill()
+    assert (demo.returncode, said) == (130, INTERRUPTED)
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="without setpriv nothing can promise this")

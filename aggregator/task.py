@@ -23,6 +23,7 @@ from shared.messages import (
     FedAvg,
     Fraction,
     MeanServer,
+    Metric,
     Name,
     NotBelow,
     Plan,
@@ -102,7 +103,7 @@ class TaskFile(Section, frozen=True, kw_only=True):
     """Raise it with every change of the file or the model: devices and aggregator refuse a lower one."""
     expires: Expiry = Expiry("365d")
     """When training ends for good, counted from the building of the release; the model stays usable."""
-    metric: Literal["accuracy", "binary_accuracy", "rmse", "loss"] = "loss"
+    metric: Metric = "loss"
     """What the hold-outs are judged by."""
     clip: Above = 10.0
     """Bound on the L2 norm of one device's whole update. Small models give 0.5 to 5, so that the default bites only on

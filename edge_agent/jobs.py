@@ -15,6 +15,7 @@ from shared.messages import (
     DataContract,
     Digest,
     Label,
+    Metric,
     Metrics,
     NotBelow,
     Positive,
@@ -58,7 +59,7 @@ class Job(Wire, frozen=True, tag="job"):
     training: Training
     data: DataContract
     source: Source
-    metric: Literal["accuracy", "binary_accuracy", "rmse", "loss"]
+    metric: Metric
     seed: Uint
     clip: Annotated[float, Meta(gt=0.0)]
     """Bound of the delta's L2 norm."""

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, assert_never, cast
+from typing import IO, assert_never, cast
 
 import numpy as np
 import torch
@@ -37,11 +37,11 @@ from edge_agent.jobs import Cancel, Done, Failed, Job, Progress, Said
 from shared import codec, graph, sealing, tensors
 from shared.codec import Delta
 from shared.errors import Reason, RemoteProtocolError, TrainingError
+from shared.files import write_durably
 from shared.layout import FLOATING, size, size_bytes
-from shared.messages import Adam, DataContract, PlainBody, Sgd, TensorSpec, Training
+from shared.messages import Adam, DataContract, Metric, PlainBody, Sgd, TensorSpec, Training
 
 State = dict[str, torch.Tensor]
-Metric = Literal["accuracy", "binary_accuracy", "rmse", "loss"]
 Told = Callable[[int, int, float], None]
 """Called with (epoch, step, mean loss of the epoch so far), both counted from 1; at an epoch's end and now and then."""
 Check = Callable[[], None]
@@ -391,18 +391,8 @@ def _read(path: Path, limit: int, reason: str) -> bytes:
 
 def _write(path: Path, content: bytearray) -> None:
     """All of it or nothing, and on the disk when this returns."""
-    part = path.with_name(path.name + ".part")
     try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_durably(path, content)
     except OSError as error:
         raise TrainingError("storage", f"{path}: {error.strerror}") from None
 

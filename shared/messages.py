@@ -27,6 +27,8 @@ Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Above = Annotated[float, Meta(gt=0.0, le=1e12)]
 NotBelow = Annotated[float, Meta(ge=0.0, le=1e12)]
 Shape = Annotated[list[Annotated[int, Meta(ge=0, le=2**31)]], Meta(max_length=8)]
+Metric = Literal["accuracy", "binary_accuracy", "rmse", "loss"]
+"""What a task's hold-outs may be judged by."""
 Metrics = Annotated[dict[Label, float], Meta(max_length=64)]
 
 PARTICIPATION_ALL = 2**32
@@ -216,7 +218,7 @@ class TaskManifest(Wire, frozen=True):
     privacy: PrivacyNone
     conditions: Conditions
     aggregator_keys: Annotated[list[VerificationKey], Meta(min_length=1, max_length=16)]
-    metric: Literal["accuracy", "binary_accuracy", "rmse", "loss"] = "loss"
+    metric: Metric = "loss"
     """What the hold-out is judged by; `loss` is always reported too."""
 
 

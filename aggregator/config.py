@@ -5,35 +5,23 @@ It describes and checks; it never opens a key or a connection.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from msgspec import Meta
 
 from shared import config
-from shared.config import ReadableFile, Section
+from shared.config import BrokerSection, LogSection, ReadableFile, Section
 
 
-class Broker(Section, frozen=True):
-    """`[broker]`: the one connection of the aggregator, MQTT 5 over TLS 1.3 with a client certificate."""
+class Broker(BrokerSection, frozen=True):
+    """`[broker]`: the connection of the aggregator."""
 
-    host: Annotated[str, Meta(min_length=1, max_length=253, description="the broker's host name or address in quotes")]
-    """Must be in the broker's certificate."""
-    port: Annotated[int, Meta(ge=1, le=65_535)] = 8883
-    """The port registered for MQTT over TLS."""
-    ca: ReadableFile = Path("ca.crt")
-    """PEM of the fleet's CA; the broker's certificate must come from it."""
     cert: ReadableFile = Path("agg-0.crt")
     """PEM of the certificate named _agg-<shard>."""
     key: ReadableFile = Path("agg-0.key")
     """PEM of its private key, readable only by the service."""
-    keepalive: Annotated[int, Meta(ge=5, le=65_535)] = 60
-    """Seconds: a dead link is noticed after one and a half of them."""
     connect_timeout: Annotated[int, Meta(ge=1, le=300)] = 10
     """Seconds for TCP and TLS."""
-    message_max: Annotated[int, Meta(ge=65_536, le=268_435_455)] = 64 << 20
-    """Bytes of one message that is taken; the broker's limit applies too where it is lower. MQTT ends at 256 MiB."""
-    prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,32}(/[A-Za-z0-9_-]{1,32}){0,3}$")] = "fl"
-    """Of every topic but the models'; the same on devices and in the broker's ACL."""
 
 
 class Trust(Section, frozen=True):
@@ -65,14 +53,6 @@ class Limits(Section, frozen=True):
     """Bytes, likewise; a single larger message passes alone."""
 
 
-class Log(Section, frozen=True):
-    """`[log]`."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "journal", "json", "console"] = "auto"
-    """auto: the journal under systemd, a console on a terminal, JSON lines elsewhere."""
-
-
 class AggregatorConfig(Section, frozen=True):
     """All of aggregator.toml; every path in it is absolute once loaded."""
 
@@ -80,7 +60,7 @@ class AggregatorConfig(Section, frozen=True):
     trust: Trust = Trust()
     state: State = State()
     limits: Limits = Limits()
-    log: Log = Log()
+    log: LogSection = LogSection()
 
     @property
     def device_ca(self) -> Path:

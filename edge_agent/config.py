@@ -14,31 +14,19 @@ from msgspec import Meta
 
 from edge_agent.eligibility import Bytes, Policy, Seconds
 from shared import config
-from shared.config import ReadableFile, Section
+from shared.config import BrokerSection, LogSection, ReadableFile, Section
 from shared.errors import ConfigError
 from shared.messages import Name
 
 
-class Broker(Section, frozen=True):
-    """Section [broker]: the one connection of the agent, MQTT 5 over TLS 1.3 with a client certificate."""
+class Broker(BrokerSection, frozen=True):
+    """Section [broker]: the connection of a device."""
 
-    host: Annotated[str, Meta(min_length=1, max_length=253, description="the broker's host name or address in quotes")]
-    """Must be in the broker's certificate."""
-    port: Annotated[int, Meta(ge=1, le=65_535)] = 8883
-    """The port registered for MQTT over TLS."""
-    ca: ReadableFile = Path("ca.crt")
-    """The fleet's CA; the broker's certificate must come from it."""
     cert: ReadableFile = Path("device.crt")
     key: ReadableFile = Path("device.key")
     """PEM; the certificate's common name is the device's name."""
-    keepalive: Annotated[int, Meta(ge=5, le=65_535)] = 60
-    """Seconds: a dead link is noticed after one and a half of them; shorter wakes radios for nothing."""
     connect_timeout: Annotated[int, Meta(ge=1, le=300)] = 20
     """Seconds for TCP and TLS: mobile links take long to wake."""
-    message_max: Annotated[int, Meta(ge=65_536, le=268_435_455)] = 64 << 20
-    """Bytes of one message that this device takes, which bounds the memory of a release. MQTT ends at 256 MiB."""
-    prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,32}(/[A-Za-z0-9_-]{1,32}){0,3}$")] = "fl"
-    """The first level of this fleet's topics."""
 
 
 class Device(Section, frozen=True):
@@ -97,14 +85,6 @@ class Data(Section, frozen=True):
         return self.kind or ("csv" if self.path.suffix == ".csv" else "npz")
 
 
-class Log(Section, frozen=True):
-    """Section [log]."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "journal", "json", "console"] = "auto"
-    """auto: the journal under systemd, a console on a terminal, JSON lines elsewhere."""
-
-
 class AgentConfig(Section, frozen=True):
     """All of agent.toml."""
 
@@ -115,7 +95,7 @@ class AgentConfig(Section, frozen=True):
     trainer: Trainer = Trainer()
     data: Annotated[dict[Name, Data], Meta(max_length=256)] = msgspec.field(default_factory=dict)
     """Data sets by the name that tasks use; a device without the set of a task takes no part in it."""
-    log: Log = Log()
+    log: LogSection = LogSection()
 
 
 def load(path: Path, environ: Mapping[str, str] | None = None, files: bool = True) -> AgentConfig:

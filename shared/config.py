@@ -63,6 +63,32 @@ class _Must(Enum):
 ReadableFile = Annotated[Path, _Must.READ]
 """A path to a file that must exist and be readable by this process when the configuration is loaded."""
 
+
+class BrokerSection(Section, frozen=True):
+    """What both daemons say of their one connection, MQTT 5 over TLS 1.3; each adds certificate, key and patience."""
+
+    host: Annotated[str, Meta(min_length=1, max_length=253, description="the broker's host name or address in quotes")]
+    """Must be in the broker's certificate."""
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 8883
+    """The port registered for MQTT over TLS."""
+    ca: ReadableFile = Path("ca.crt")
+    """PEM of the fleet's CA; the broker's certificate must come from it."""
+    keepalive: Annotated[int, Meta(ge=5, le=65_535)] = 60
+    """Seconds: a dead link is noticed after one and a half of them; shorter wakes radios for nothing."""
+    message_max: Annotated[int, Meta(ge=65_536, le=268_435_455)] = 64 << 20
+    """Bytes of one message that is taken; the broker's limit applies too where it is lower. MQTT ends at 256 MiB."""
+    prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,32}(/[A-Za-z0-9_-]{1,32}){0,3}$")] = "fl"
+    """Of every topic but the models'; the same on devices, aggregator and in the broker's ACL."""
+
+
+class LogSection(Section, frozen=True):
+    """How much is told, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "journal", "json", "console"] = "auto"
+    """auto: the journal under systemd, a console on a terminal, JSON lines elsewhere."""
+
+
 C = TypeVar("C", bound=Struct)
 
 _AT = re.compile(r" - at `(?:key in )?\$(?P<at>[^`]*)`$")

@@ -1,8 +1,19 @@
 """The README's walk, run as it is written, and every command, link and sample of the documents held against the truth.
 
 In README.md a comment before a code block says what the test does with it: `file: NAME` writes it, `append: NAME` adds
-it to a configuration, `test: NAME` has the method `Walk.NAME` do without root, systemd and a second machine what the
-block does with them. Without a comment a `sh` block is run as it stands, places and port apart.
+it to a configuration, `test: NAME` has the method `Walk.NAME` look at what the block left. Every `sh` block is run by
+bash as it stands, with these exceptions, because a test has no root, no systemd, no network and one machine:
+
+- Server and device are folders. An absolute path in a block is one below the folder of its host, and the broker is
+  called localhost, at a port of its own (`Walk.here`); the broker runs as the user of the test.
+- _PLACES has shell functions for what cannot run: sudo runs its arguments, ssh goes to the host's folder, scp copies
+  there, apt-get does nothing, systemctl and journalctl only note what they are told, `make setup wheel` asks make
+  whether it knows the targets, and a venv holds this environment's commands (tests/system/test_wheel.py builds and
+  installs the wheel). systemd-sysusers and systemd-tmpfiles read their files in a few lines of shell
+  (tests/system/test_units.py gives them to the real ones).
+
+What systemctl was told to start is started by the unit and the drop-in that the walk installed, with the credentials
+that the unit names.
 """
 
 import json
@@ -11,6 +22,7 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -29,6 +41,7 @@ from edge_agent import cli as agent_cli
 from shared.events import Event
 from shared.logs import sentence
 from shared.messages import Conditions, DataContract, Plan
+from shared.version import VERSION
 from tests.hostile.daemon import LEASH
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +81,88 @@ def _blocks(document: Path) -> list[Block]:
 # -- the walk ------------------------------------------------------------------------------------------------------
 
 
+SERVER, DEVICE = "broker.example.org", "sensor-1"
+PROGRAMS = Path(sys.executable).parent
+WHEEL = f"fieldfare-{VERSION}-py3-none-any.whl"
+
+_PLACES = r"""
+set -Eeuo pipefail
+trap 'echo "failed: $BASH_COMMAND" >&2' ERR
+ssh() { cd "$HOSTS/$1/home"; HERE=$HOSTS/$1; PATH=$HERE/usr/local/bin:$SYSTEM_PATH; }
+scp() { local to="${*: -1}"; [[ $to == *: ]]; cp -L "${@:1:$#-1}" "$HOSTS/${to%:}/home/"; }
+sudo() { if [[ $1 == */bin/pip ]]; then pip "$@"; else "$@"; fi; }
+apt-get() { [[ $* =~ ^install\ (mosquitto|python3-venv)$ ]]; }
+systemctl() { echo "$*" >>"$HERE/systemctl"; }
+journalctl() { [[ $1 == -u && -f $HERE/etc/systemd/system/$2.service ]]; }
+make() { command make -n "$@" >&2; mkdir dist; touch "dist/$WHEEL"; }
+install() {  # the same, but only root gives files away
+    local kept=()
+    while (($#)); do
+        case $1 in -o | -g) [[ $2 == mosquitto ]]; shift ;; *) kept+=("$1") ;; esac
+        shift
+    done
+    command install "${kept[@]}"
+}
+systemd-sysusers() { [[ -f $HERE/usr/lib/sysusers.d/$1 ]]; }
+systemd-tmpfiles() {
+    local kind path mode rest
+    [[ $1 == --create ]]
+    while read -r kind path mode rest; do
+        case $kind in
+            d) command install -d -m "$mode" "$HERE$path" ;;
+            z) if [[ -e $HERE$path ]]; then chmod "$mode" "$HERE$path"; fi ;;
+            '#') ;;
+            *) false ;;
+        esac
+    done <"$HERE/usr/lib/tmpfiles.d/$2"
+}
+python3() {  # -m venv FOLDER
+    [[ $# == 3 && "$1 $2" == '-m venv' ]]
+    mkdir -p "$3/bin"
+    printf '#!/bin/bash\nexec %q "$@"\n' "$PYTHON" >"$3/bin/python"
+    chmod +x "$3/bin/python"
+}
+pip() {  # FOLDER/bin/pip install WHAT
+    local bin=${1%/pip} each extra name
+    [[ -x $bin/python && $2 == install ]]
+    for each in "${@:3}"; do
+        case $each in
+            --index-url | https://download.pytorch.org/whl/cpu) ;;
+            torch==*) grep -q "^$each\b" "$CLONE/requirements/torch.txt" ;;
+            *.whl\[*\])
+                [[ -f ${each%\[*} ]]
+                extra=${each##*\[}
+                grep -q "^${extra%]} = \[" "$CLONE/pyproject.toml"
+                for name in aggregator edge-agent; do
+                    {
+                        echo '#!/bin/bash'
+                        printf '[[ " $* " == *" --config "* ]] || '
+                        printf 'set -- "$@" --config %q\n' "$HERE/etc/fieldfare/${name#edge-}.toml"
+                        printf 'exec %q "$@"\n' "$PROGRAMS/$name"
+                    } >"$bin/$name"
+                    chmod +x "$bin/$name"
+                done
+                ;;
+            *) false ;;
+        esac
+    done
+}
+"""
+
+
+def _settings(unit: Path, key: str) -> list[str]:
+    """Every value of `key` in a unit file or a drop-in."""
+    return re.findall(rf"^{key}=(.*)$", unit.read_text(), re.M)
+
+
+def _files(folder: Path) -> set[str]:
+    return {each.name for each in folder.iterdir() if each.is_file()}
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
 @dataclass
 class Walk:
     """A scratch folder that holds all three places of the walk, and the processes that run in it."""
@@ -80,38 +175,49 @@ class Walk:
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for folder in ("work", "server/mosquitto", "server/data", "server/etc", "device/etc", "device/srv"):
-            (self.home / folder).mkdir(parents=True)
-        self.work = self.home / "work"
-        self.agent_toml, self.aggregator_toml = (
-            self.home / "device/etc/agent.toml",
-            self.home / "server/etc/aggregator.toml",
+        self.server, self.device_root = self.home / SERVER, self.home / DEVICE
+        # What a fresh Debian and its mosquitto package bring along.
+        for host in (self.server, self.device_root):
+            for folder in ("home", "etc/mosquitto", "etc/systemd/system", "srv", "usr/lib", "usr/local/bin"):
+                (host / folder).mkdir(parents=True)
+        (self.server / "var/lib/mosquitto").mkdir(parents=True)
+        # The clone: what the walk uses of it.
+        clone = self.home / "fieldfare"
+        clone.mkdir()
+        (clone / ".venv").symlink_to(PROGRAMS.parent)
+        for name in ("Makefile", "systemd"):
+            (clone / name).symlink_to(ROOT / name)
+        self.work = clone
+        self.system_path = os.pathsep.join(
+            folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder) != PROGRAMS
         )
+        self.path = self.system_path
 
-    def here(self, text: str) -> str:
-        """`text` with the places of this machine instead of those of the README."""
+    def here(self, text: str, host: Path) -> str:
+        """`text` with the places of this machine instead of those of the README; absolute paths are those of `host`."""
         for there, here in {
             "--host broker.example.org": f"--host localhost --port {self.port}",
             "broker.example.org -p 8883": f"localhost -p {self.port}",
             "--broker-user mosquitto": f"--broker-user {getuser()}",
-            "/etc/mosquitto/fieldfare": f"{self.home}/server/mosquitto",
-            "/var/lib/mosquitto": f"{self.home}/server/data",
-            "/srv/": f"{self.home}/device/srv/",
         }.items():
             text = text.replace(there, here)
-        return text
+        return re.sub(r"(?<![\w./-])/(?=\w)", f"{host}/", text)
 
-    def shell(self, text: str, cwd: Path | None = None) -> str:
+    def shell(self, text: str) -> str:
         """Run commands as a user would, and return what they print; they must succeed."""
         environ = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": self.path,
+            "SYSTEM_PATH": self.system_path,
+            "HOSTS": str(self.home),
+            "CLONE": str(ROOT),
+            "PROGRAMS": str(PROGRAMS),
+            "PYTHON": sys.executable,
+            "WHEEL": WHEEL,
             aggregator_cli.PASSPHRASE: PASSPHRASE,
             "OMP_NUM_THREADS": "1",
         }
-        command = ["bash", "-euo", "pipefail", "-c", text]
-        ran = subprocess.run(
-            command, cwd=cwd or self.work, env=environ, capture_output=True, text=True, timeout=PATIENCE
-        )
+        command = ["bash", "-c", f"{_PLACES}\n{text}"]
+        ran = subprocess.run(command, cwd=self.work, env=environ, capture_output=True, text=True, timeout=PATIENCE)
         assert ran.returncode == 0, f"{text}\n{ran.stdout}{ran.stderr}"
         return ran.stdout
 
@@ -119,9 +225,10 @@ class Walk:
         """Do what one block of the README says."""
         match block:
             case Block(todo="file", what=name):
-                (self.work / name).write_text(block.text)
+                (self.device_root / "home" if name == "data.py" else self.work).joinpath(name).write_text(block.text)
             case Block(todo="append", what="agent.toml"):
-                self.agent_toml.write_text(f"{self.agent_toml.read_text()}\n{self.here(block.text)}")
+                with (self.device_root / "etc/fieldfare/agent.toml").open("a") as config:
+                    config.write("\n" + self.here(block.text, self.device_root))
             case Block(todo="test", what=name):
                 steps: dict[str, Callable[[Block], None]] = {
                     "install": self.install,
@@ -134,43 +241,64 @@ class Walk:
                 }
                 steps[name](block)
             case Block(todo="", language="sh"):
-                self.said = self.shell(self.here(block.text))
+                self.said = self.shell(self.here(block.text, self.server))
             case _:
                 pytest.fail(f"nothing knows what to do with {block}")
 
-    def install(self, _: Block) -> None:
-        """The commands of this environment are the ones under test; tests/system/test_wheel.py installs the wheel."""
-        assert self.shell("command -v aggregator edge-agent")
+    def install(self, block: Block) -> None:
+        """The commands are found from now on, by every later block, in the folder that this one ends in."""
+        self.shell(f'{block.text}\nprintf "%s\\n" "$PWD" "$PATH" >"$HOSTS/left"')
+        folder, self.path = (self.home / "left").read_text().splitlines()
+        self.work = Path(folder)
+        assert self.work.parent == self.home and not list(self.work.iterdir())
+        assert f"dist/{WHEEL}" in block.text and (self.home / "fieldfare/dist" / WHEEL).exists()
+        assert self.shell("type -P aggregator edge-agent").split() == [
+            str(self.home / "fieldfare/.venv/bin" / name) for name in ("aggregator", "edge-agent")
+        ]
 
-    def broker(self, _: Block) -> None:
-        """What is copied there and started, without mosquitto's own user."""
-        for name in ("mosquitto.conf", "acl", "ca.crt", "server.crt", "server.key"):
-            shutil.copy(self.work / "fleet/broker" / name, self.home / "server/mosquitto")
-        self.broker_process = Broker(self.home / "server/mosquitto", self.port)
+    def broker(self, block: Block) -> None:
+        """Its files arrive, all of them and closed to others; it starts by the drop-in."""
+        self.shell(self.here(block.text, self.server))
+        (drop_in,) = (self.server / "etc/systemd/system/mosquitto.service.d").glob("*.conf")
+        assert drop_in.read_text().startswith("[Service]\n")
+        reset, start = _settings(drop_in, "ExecStart")
+        program, option, config = start.split()
+        assert (reset, program, option) == ("", f"{self.server}/usr/sbin/mosquitto", "-c")
+        folder = Path(config).parent
+        assert folder == self.server / "etc/mosquitto/fieldfare" and _mode(folder) == 0o700
+        assert _files(folder) == _files(self.work / "fleet/broker")
+        assert {_mode(folder / name) for name in _files(folder)} == {0o600}
+        assert not (self.server / "home/broker").exists()
+        assert self._told(self.server) == ["daemon-reload", "restart mosquitto"]
+        self.broker_process = Broker(folder, self.port)
+        assert Path(config).name == "mosquitto.conf"  # which is what Broker starts
         self.broker_process.start()
 
     def aggregator(self, block: Block) -> None:
-        """The same files, and the drop-in as it is written there, its folder apart."""
-        shutil.copytree(self.work / "fleet/aggregator", self.aggregator_toml.parent, dirs_exist_ok=True)
-        (drop_in,) = re.findall(r"printf '(\[state\].*?)'", block.text)
-        folder = self.aggregator_toml.with_name("aggregator.toml.d")
-        folder.mkdir()
-        state = drop_in.replace("\\n", "\n").replace("/var/lib/fieldfare-aggregator", f"{self.home}/server/state")
-        (folder / "state.toml").write_text(state)
-        self._start("aggregator", self.aggregator_toml)
+        """Its files arrive, all of them, the keys closed to others, and no copy stays behind."""
+        self.shell(self.here(block.text, self.server))
+        folder = self.server / "etc/fieldfare"
+        assert _files(folder) == _files(self.work / "fleet/aggregator")
+        assert not (self.server / "home/aggregator").exists()
+        state = (folder / "aggregator.toml.d/state.toml").read_text()
+        assert state == f'[state]\ndirectory = "{self.server}/var/lib/fieldfare-aggregator"\n'
+        assert self._told(self.server) == ["enable --now aggregator"]
+        self._start("aggregator", self.server)
 
     def device(self, block: Block) -> None:
-        """The bundle unpacked as it is written there."""
-        (unpack,) = re.findall(r"^sudo (tar .*)$", block.text, re.M)
-        self.shell(unpack.replace("/etc/fieldfare", str(self.agent_toml.parent)))
-        folder = self.agent_toml.with_name("agent.toml.d")
-        folder.mkdir()
+        """The bundle is unpacked where the agent looks for it, the key closed to others, and no copy stays behind."""
+        self.shell(self.here(block.text, self.device_root))
+        folder = self.device_root / "etc/fieldfare"
+        assert (folder / "agent.toml").is_file()
+        assert (self.device_root / "etc/systemd/system/edge-agent.service").is_file()
+        assert not (self.device_root / "home/sensor-1.tar.gz").exists()
+        (folder / "agent.toml.d").mkdir()
         # Where systemd makes folders for the agent, and a policy that minds no other test on this machine.
-        (folder / "test.toml").write_text(
+        (folder / "agent.toml.d/test.toml").write_text(
             f"""
             [device]
-            state_dir = "{self.home}/device/state"
-            run_dir = "{self.home}/device/run"
+            state_dir = "{self.device_root}/var/lib/fieldfare-agent"
+            run_dir = "{self.device_root}/run/fieldfare-agent"
             [policy]
             mains = false
             settle = 0.0
@@ -184,12 +312,13 @@ class Walk:
         )
 
     def agent(self, block: Block) -> None:
-        """The data, made by the README's own program, put where its configuration says; then the agent."""
-        self.shell("python data.py")
-        (copy,) = re.findall(r"^sudo (install .*)$", block.text, re.M)
-        self.shell(self.here(copy))
-        assert str(self.home) in self.shell(f"edge-agent config check --config {self.agent_toml}")
-        self._start("edge-agent", self.agent_toml)
+        """The data, made on the device by the README's own program and command, lies where its configuration says."""
+        (make_data,) = re.findall(r"`(\S+ data\.py)`", README.read_text(encoding="utf-8"))
+        text = f"ssh {DEVICE}\n{make_data}\n{block.text}"
+        data = f"{self.device_root}/srv/vibration.npz"
+        assert data in self.shell(self.here(text, self.device_root)) and Path(data).is_file()
+        assert self._told(self.device_root) == ["enable --now edge-agent"]
+        self._start("edge-agent", self.device_root)
 
     def watch(self, _: Block) -> None:
         """Until every round of the task is done and the device has its release."""
@@ -197,10 +326,9 @@ class Walk:
         self.until("edge-agent", f"Release accepted: task pump, version 1, release {rounds}, ")
 
     def status(self, block: Block) -> None:
-        """The same questions, asked of the configurations here."""
-        files = {"aggregator": self.aggregator_toml, "edge-agent": self.agent_toml}
-        asked = [shlex.split(line, comments=True)[1:] for line in block.text.splitlines()]
-        self.said = "".join(self.shell(f"{shlex.join(words)} --config {files[words[0]]}") for words in asked)
+        """Both commands as they were installed, on whichever host has them, with the configurations they look for."""
+        paths = ":".join(f"{host}/usr/local/bin" for host in (self.server, self.device_root))
+        self.said = self.shell(f"PATH={shlex.quote(paths)}:$SYSTEM_PATH\n{block.text}")
 
     def log(self, program: str) -> list[str]:
         """A daemon's log as the journal would show it."""
@@ -232,10 +360,34 @@ class Walk:
         if self.broker_process is not None:
             self.broker_process.stop()
 
-    def _start(self, program: str, config: Path) -> None:
-        command = [*LEASH, str(Path(sys.executable).parent / program), "run", "--config", str(config)]
+    def _told(self, host: Path) -> list[str]:
+        """What systemctl was told on a host since this was asked before."""
+        told = (host / "systemctl").read_text().splitlines()
+        (host / "systemctl").unlink()
+        return told
+
+    def _start(self, program: str, host: Path) -> None:
+        """Start a daemon by its installed unit, which gives it copies of keys that only their owner can read."""
+        unit = host / f"etc/systemd/system/{program}.service"
+        credentials = host / f"run/credentials/{program}"
+        credentials.mkdir(parents=True)
+        for name, key in (each.split(":") for each in _settings(unit, "LoadCredential")):
+            assert _mode(Path(f"{host}{key}")) == 0o600
+            shutil.copy(f"{host}{key}", credentials / name)
+        environ = dict(
+            each.replace("%d", str(credentials)).split("=", 1)
+            for line in _settings(unit, "Environment")
+            for each in line.split()
+        )
+        (start,) = _settings(unit, "ExecStart")
         with (self.home / f"{program}.log").open("wb") as log:
-            self.daemons[program] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.daemons[program] = subprocess.Popen(
+                [*LEASH, *self.here(start, host).split()],
+                env=os.environ | environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         self.until(program, "Link up")
 
 

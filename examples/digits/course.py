@@ -140,7 +140,7 @@ class Demo:
 
     def _train(self, processes: Processes, judge: Judge, published: float) -> "Training":
         """Until the task is finished: judge every release, look at every device."""
-        self._screen.stage(f"training for {self._rounds} rounds; the trainers start first, which takes some 10 s")
+        self._screen.stage(f"training for {self._rounds} rounds; the trainers start first, which can take 10 s")
         training = Training(published, judge.start)
         looked, heard = 0.0, published
         with Ear(place.operator(self._place), TASK) as ear:

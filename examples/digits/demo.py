@@ -42,7 +42,7 @@ def main() -> int:
     except OSError as error:
         return complain("demo", f"{error.filename}: {error.strerror}" if error.filename else error, Exit.FAILED)
     if not report.passed:
-        text = f"an accuracy of {dot(report.accuracy)} after {len(report.rounds)} rounds is below {dot(ENOUGH)}"
+        text = f"an accuracy of {dot(report.accuracy)} after round {report.rounds[-1].round} is below {dot(ENOUGH)}"
         return complain("demo", text, Exit.FAILED)
     return Exit.OK
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from examples.digits.report import ENOUGH
+from examples.digits.report import ENOUGH, dot
 from tests.hostile.daemon import LEASH
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +146,22 @@ def test_demo_trains_a_fleet_and_reports(tmp_path: Path) -> None:
     assert "Traceback" not in ran.stdout + ran.stderr
 
 
+def test_demo_below_the_goal_fails_in_one_line(tmp_path: Path) -> None:
+    """One round is too little for eight devices: exit 1 and why; of a demo that ran in that folder nothing is left."""
+    folder = tmp_path / "demo"
+    before = subprocess.run(_command(folder, 1, 1), cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (before.returncode, before.stderr) == (0, "")
+    (folder / "logs" / "old.log").touch()
+    ran = subprocess.run(_command(folder, 8, 1), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (folder / "report.json").exists(), ran.stderr
+    found = json.loads((folder / "report.json").read_text())
+    assert found["accuracy"] < ENOUGH and found["passed"] is False
+    said = f"demo: an accuracy of {dot(found['accuracy'])} after round 1 is below .700\n"
+    assert (ran.returncode, ran.stderr) == (1, said)
+    assert len(found["rounds"]) == 1 and len(found["devices"]) == 8
+    assert not (folder / "logs" / "old.log").exists()
+
+
 def test_interrupt_leaves_no_process(running: Running) -> None:
     """Ctrl-C ends everything in good order with one line; meanwhile a second demo in that folder was refused."""
     assert running.kinds() == DAEMONS
@@ -202,3 +218,17 @@ def test_an_agent_that_dies_is_reported_with_its_last_words(running: Running) ->
     assert "daemon.stopped" in lines[-1]
     assert "Traceback" not in said
     assert running.survivors() == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(240)
+def test_the_promised_demo(tmp_path: Path) -> None:
+    """`make demo` as documented: eight devices that know three digits each learn all ten, in under three minutes."""
+    folder = tmp_path / "demo"
+    ran = subprocess.run(_command(folder, 8, 15), cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    found = json.loads((folder / "report.json").read_text())
+    assert found["accuracy"] >= 0.80
+    assert found["digits_known"] == list(range(10))
+    assert found["own_data_only"]["accuracy_best"] < 0.40
+    assert [one["round"] for one in found["rounds"]] == list(range(1, 16))

@@ -48,10 +48,12 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=12, help="rounds that count, after the warm-up (default 12)")
     options.add_argument("--idle", type=float, default=20.0, help="seconds of looking at the idle agents (default 20)")
     options.add_argument("--ingest", type=int, nargs="*", default=[10, 100], help="devices that send in one round")
-    options.add_argument("--keep", action="store_true", help="leave the fleets' folders and logs under build/bench")
+    options.add_argument("--keep", action="store_true", help="leave the fleets' folders and logs there")
     options.add_argument("--publish", action="store_true", help=f"also write {PUBLISHED.relative_to(ROOT)}")
+    options.add_argument("--out", type=Path, default=OUT, help="the report's folder (default build/bench)")
     given = options.parse_args()
-    work = OUT / "work"
+    out = given.out.resolve()
+    work = out / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     began, load = time.monotonic(), os.getloadavg()
@@ -67,14 +69,14 @@ def main() -> int:
         "load_before": load[0],
         "seconds": round(time.monotonic() - began, 1),
         "versions": _versions(),
-        "options": {name: value for name, value in vars(given).items() if name not in ("keep", "publish")},
+        "options": {name: value for name, value in vars(given).items() if name not in ("keep", "publish", "out")},
     }
-    (OUT / "report.json").write_text(json.dumps(document(figures, about), indent=1) + "\n", encoding="utf-8")
+    (out / "report.json").write_text(json.dumps(document(figures, about), indent=1) + "\n", encoding="utf-8")
     text = table(figures)
     print(text)
     missed = [figure for figure in figures if figure.reached is False]
     print(
-        f"{sum(figure.reached is True for figure in figures)} goals reached, {len(missed)} not; {OUT / 'report.json'}"
+        f"{sum(figure.reached is True for figure in figures)} goals reached, {len(missed)} not; {out / 'report.json'}"
     )
     if given.publish:
         PUBLISHED.write_text(_page(text, about), encoding="utf-8")

@@ -6,11 +6,12 @@ bash as it stands, with these exceptions, because a test has no root, no systemd
 
 - Server and device are folders. An absolute path in a block is one below the folder of its host, and the broker is
   called localhost, at a port of its own (`Walk.here`); the broker runs as the user of the test.
-- _PLACES has shell functions for what cannot run: sudo runs its arguments, ssh goes to the host's folder, scp copies
-  there, apt-get does nothing, systemctl and journalctl only note what they are told, `make setup wheel` asks make
-  whether it knows the targets, and a venv holds this environment's commands (tests/system/test_wheel.py builds and
-  installs the wheel). systemd-sysusers and systemd-tmpfiles read their files in a few lines of shell
-  (tests/system/test_units.py gives them to the real ones).
+- _PLACES has shell functions for what cannot run: sudo runs its arguments (what needs root refuses to run without it),
+  ssh goes to the host's folder, scp copies there, apt-get and journalctl only look at their arguments, systemctl notes
+  them, `make setup wheel` asks make whether it knows the targets, install gives no file away, and a venv holds this
+  environment's commands, which find their configuration below the folder of the host (tests/system/test_wheel.py builds
+  and installs the wheel). systemd-sysusers and systemd-tmpfiles are a few lines of shell that want the files which the
+  walk installed (tests/system/test_units.py gives them to the real ones).
 
 What systemctl was told to start is started by the unit and the drop-in that the walk installed, with the credentials
 that the unit names.
@@ -90,23 +91,24 @@ set -Eeuo pipefail
 trap 'echo "failed: $BASH_COMMAND" >&2' ERR
 ssh() { cd "$HOSTS/$1/home"; HERE=$HOSTS/$1; PATH=$HERE/usr/local/bin:$SYSTEM_PATH; }
 scp() { local to="${*: -1}"; [[ $to == *: ]]; cp -L "${@:1:$#-1}" "$HOSTS/${to%:}/home/"; }
-sudo() { if [[ $1 == */bin/pip ]]; then pip "$@"; else "$@"; fi; }
-apt-get() { [[ $* =~ ^install\ (mosquitto|python3-venv)$ ]]; }
-systemctl() { echo "$*" >>"$HERE/systemctl"; }
+sudo() { local root=yes; if [[ $1 == */bin/pip ]]; then pip "$@"; else "$@"; fi; }
+apt-get() { [[ ${root-} && $* =~ ^install\ (mosquitto|python3-venv)$ ]]; }
+systemctl() { [[ ${root-} ]]; echo "$*" >>"$HERE/systemctl"; }
 journalctl() { [[ $1 == -u && -f $HERE/etc/systemd/system/$2.service ]]; }
 make() { command make -n "$@" >&2; mkdir dist; touch "dist/$WHEEL"; }
 install() {  # the same, but only root gives files away
     local kept=()
+    [[ ${root-} ]]
     while (($#)); do
         case $1 in -o | -g) [[ $2 == mosquitto ]]; shift ;; *) kept+=("$1") ;; esac
         shift
     done
     command install "${kept[@]}"
 }
-systemd-sysusers() { [[ -f $HERE/usr/lib/sysusers.d/$1 ]]; }
+systemd-sysusers() { [[ ${root-} && -f $HERE/usr/lib/sysusers.d/$1 ]]; }
 systemd-tmpfiles() {
     local kind path mode rest
-    [[ $1 == --create ]]
+    [[ ${root-} && $1 == --create ]]
     while read -r kind path mode rest; do
         case $kind in
             d) command install -d -m "$mode" "$HERE$path" ;;
@@ -117,7 +119,7 @@ systemd-tmpfiles() {
     done <"$HERE/usr/lib/tmpfiles.d/$2"
 }
 python3() {  # -m venv FOLDER
-    [[ $# == 3 && "$1 $2" == '-m venv' ]]
+    [[ ${root-} && $# == 3 && "$1 $2" == '-m venv' ]]
     mkdir -p "$3/bin"
     printf '#!/bin/bash\nexec %q "$@"\n' "$PYTHON" >"$3/bin/python"
     chmod +x "$3/bin/python"
@@ -269,6 +271,8 @@ class Walk:
         assert _files(folder) == _files(self.work / "fleet/broker")
         assert {_mode(folder / name) for name in _files(folder)} == {0o600}
         assert not (self.server / "home/broker").exists()
+        (data,) = re.findall(r"^persistence_location (.*)$", Path(config).read_text(), re.M)
+        assert Path(data) == self.server / "var/lib/mosquitto"
         assert self._told(self.server) == ["daemon-reload", "restart mosquitto"]
         self.broker_process = Broker(folder, self.port)
         assert Path(config).name == "mosquitto.conf"  # which is what Broker starts

@@ -422,6 +422,8 @@ class Coordinator:
         if all(key.key != self.public_key for key in manifest.aggregator_keys):
             raise RemoteProtocolError(Reason.UNKNOWN_KEY, "the manifest names other aggregators than this one")
         _, weights = model(message, manifest, release)
+        if weights is None:
+            raise RemoteProtocolError(Reason.MISSING_PART, f"release {release.number} without its weights")
         tensors.load(weights, manifest.layout)
         effects: list[Effect] = []
         if task is not None:

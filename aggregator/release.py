@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import UNSET, Struct
 
 from aggregator import task as task_file
 from shared import cli, graph, identity, layout, signing, tensors, trust, wire
@@ -283,8 +284,11 @@ def _accepted_by_a_device(data: bytes, root: Root, now: float) -> None:
         raise ExportError(f"{advice} ({error})") from None
 
 
-def _fields(struct: object) -> dict[str, object]:
-    return {name: getattr(struct, name) for name in getattr(struct, "__struct_fields__", ())}
+def _fields(struct: Struct) -> dict[str, object]:
+    found = {name: getattr(struct, name) for name in struct.__struct_fields__}
+    return {
+        name: _fields(each) if isinstance(each, Struct) else each for name, each in found.items() if each is not UNSET
+    }
 
 
 def _array(one: TensorContract) -> str:

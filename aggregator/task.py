@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from msgspec import Meta
+from msgspec import UNSET, Meta
 
 from shared import config
 from shared.config import Section
@@ -148,7 +148,7 @@ def manifest(
     if not now < expires <= now + LONGEST_DAYS * DAY:
         raise ConfigError(str(path), "expires", f"{task.expires} is not within ten years from now; write a later date")
     return TaskManifest(
-        v=1,
+        v=1 if task.plan.until is UNSET and task.plan.gate is UNSET else 2,
         task=task.name,
         version=task.version,
         expires=expires,

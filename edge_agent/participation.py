@@ -479,7 +479,9 @@ class Participation:
             if message.graphs is not None and message.weights is not None:
                 trust.parts(message.graphs, message.weights, manifest, release)
             return []
-        trust.model(message, manifest, release)
+        _, weights = trust.model(message, manifest, release)
+        if weights is None:
+            raise RemoteProtocolError(Reason.MISSING_PART, f"release {release.number} without its weights")
         effects = self._make_room(name, now)
         waiting = task.waiting_offer if task.offer is None or task.manifest != manifest else None
         waiting = waiting or self._early.pop(name, None)

@@ -17,7 +17,7 @@ from msgspec import Meta, structs
 from shared import wire
 from shared.errors import ConfigError, RemoteProtocolError
 from shared.files import write_durably
-from shared.messages import Digest, Release, ReleaseMessage, Signed, TaskManifest, Uint, Version, Wire
+from shared.messages import Digest, First, Release, ReleaseMessage, Signed, TaskManifest, Uint, Wire
 from shared.topics import is_name
 from shared.trust import Position
 
@@ -34,7 +34,7 @@ class Rank(Wire, frozen=True):
 class TaskState(Wire, frozen=True):
     """What is kept of one task; the digests name files beside it."""
 
-    v: Version
+    v: First
     manifest: Digest | None = None
     release: Digest | None = None
     train_graph: Digest | None = None

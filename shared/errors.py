@@ -6,7 +6,9 @@
 A call that raises any of these has changed nothing.
 """
 
+import errno
 from enum import StrEnum
+from typing import Self
 
 
 class Reason(StrEnum):
@@ -55,6 +57,10 @@ class Reason(StrEnum):
     NOT_SELECTED = "not_selected"
     LATE = "late"
     DUPLICATE = "duplicate"
+    # chunks
+    UNASKED = "unasked"
+    BAD_CHUNK = "bad_chunk"
+    EVICTED = "evicted"
 
 
 class FieldfareError(Exception):
@@ -86,6 +92,25 @@ class ConfigError(FieldfareError):
 
 class ExportError(FieldfareError):
     """A publisher's model, loss or task file cannot become a release; the text says what, where and the remedy."""
+
+
+class StorageError(FieldfareError):
+    """The disk or the database refused; nothing has changed, and the same call may be made again.
+
+    `passing`: it may work later (a full disk, an input/output error), else somebody has to mend something first.
+    """
+
+    def __init__(self, path: str, detail: str, *, passing: bool) -> None:
+        super().__init__(f"{path}: {detail}")
+        self.path = path
+        self.detail = detail
+        self.passing = passing
+
+    @classmethod
+    def of(cls, path: object, error: OSError) -> Self:
+        """What the operating system said about `path`."""
+        passing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
+        return cls(str(path), error.strerror or str(error), passing=passing)
 
 
 class TrainingError(FieldfareError):

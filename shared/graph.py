@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from shared.errors import Reason, RemoteProtocolError
 from shared.layout import ITEM_BYTES
-from shared.messages import Label, Positive, Shape, TensorContract, TensorSpec, Version, Wire
+from shared.messages import First, Label, Positive, Shape, TensorContract, TensorSpec, Wire
 from shared.opset import OPERATORS, OPSET_VERSION, Argument, Operator
 from shared.wire import pack, unpack
 
@@ -152,7 +152,7 @@ class _RowRecord(Wire, frozen=True, array_like=True):
 
 
 class _GraphRecord(Wire, frozen=True):
-    v: Version
+    v: First
     kind: Kind
     opset: Positive
     state: list[StateSlot]

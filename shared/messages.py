@@ -2,18 +2,27 @@
 
 Limits that are properties of a message live here as annotations; what depends on other state is checked where that
 state is. Integers are unsigned and below 2^63 unless said otherwise. Times are whole seconds of UTC.
+
+Versions: this program speaks protocol 2 and 1. A writer uses the lowest version that can say what it has to say, so an
+older peer understands all that does not need the newer one. `v` allows the versions in which a message exists; a field
+that came later is UNSET, and so absent, in a message of an earlier version.
 """
 
+import itertools
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 """Devices and tasks. Services begin with an underscore, which this pattern cannot match."""
 
-Version = Literal[1]
-"""The protocol version that this program writes; it reads this one and the one before (there is none before 1)."""
+PROTOCOL = 2
+"""The newest protocol version of this program; it reads this one and the one before."""
+First = Literal[1]
+"""Of messages that are as they were in the first version."""
+Version = Literal[1, 2]
+"""Of messages that have grown."""
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Uint = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -33,6 +42,8 @@ Metrics = Annotated[dict[Label, float], Meta(max_length=64)]
 
 PARTICIPATION_ALL = 2**32
 """The participation that selects every device."""
+MISSING_MAX = 64
+"""Chunks of one update that are asked for at once."""
 
 
 class Wire(Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +72,7 @@ class Use(StrEnum):
 class Signed(Wire, frozen=True):
     """A record's bytes with one Ed25519 signature; verified before `payload` is parsed."""
 
-    v: Version
+    v: First
     role: Role
     key: Annotated[bytes, Meta(min_length=8, max_length=8)]
     sig: Annotated[bytes, Meta(min_length=64, max_length=64)]
@@ -78,7 +89,7 @@ class PublisherKey(Wire, frozen=True):
 class Root(Wire, frozen=True):
     """The trust of a fleet: which keys may replace this record and which may publish. Pinned when a device enrols."""
 
-    v: Version
+    v: First
     fleet: Label
     version: Positive
     expires: Uint
@@ -161,6 +172,17 @@ class DataContract(Wire, frozen=True):
     min_examples: Positive = 1
 
 
+class Gate(Wire, frozen=True):
+    """When a release is clearly worse than its parent, by what the updates that start from each report of it."""
+
+    drop: Fraction = 0.25
+    """A share (accuracy) that falls by more than this is clearly worse."""
+    ratio: Annotated[float, Meta(ge=1.0, le=1e12)] = 2.0
+    """An error (loss, rmse) that grows to more than this multiple is clearly worse."""
+    reporters: Annotated[int, Meta(ge=1, le=1_000_000)] = 3
+    """Updates with metrics, of either release, below which nothing is judged."""
+
+
 class Plan(Wire, frozen=True):
     """The round contract; see aggregator.round for what each value does."""
 
@@ -174,6 +196,10 @@ class Plan(Wire, frozen=True):
     max_staleness: Literal[0] = 0
     start_jitter: Annotated[int, Meta(ge=0, le=86_400)] = 0
     """Devices spread their start over this many seconds."""
+    until: Annotated[float, Meta(ge=-1e12, le=1e12)] | UnsetType = UNSET
+    """The value of the task's metric at which the task is done before its last round. Since protocol 2."""
+    gate: Gate | UnsetType = UNSET
+    """Without one no release is judged. Since protocol 2."""
 
 
 class PrivacyNone(Wire, frozen=True, tag="none", tag_field="kind"):
@@ -221,6 +247,9 @@ class TaskManifest(Wire, frozen=True):
     metric: Metric = "loss"
     """What the hold-out is judged by; `loss` is always reported too."""
 
+    def __post_init__(self) -> None:
+        _needs(self.v, self.plan.until is not UNSET or self.plan.gate is not UNSET, "until and gate")
+
 
 class BlobRef(Wire, frozen=True):
     """Content-addressed bytes; `chunks` are the hashes of its pieces of `chunk_size` (empty: it travels whole)."""
@@ -230,6 +259,10 @@ class BlobRef(Wire, frozen=True):
     chunk_size: Uint = 0
     chunks: Annotated[list[Digest], Meta(max_length=1_000_000)] = []
     urls: Annotated[list[Text], Meta(max_length=8)] = []
+
+    def __post_init__(self) -> None:
+        if len(self.chunks) != (-(-self.size // self.chunk_size) if self.chunk_size else 0):
+            raise ValueError(f"{len(self.chunks)} chunks of {self.chunk_size} bytes for a blob of {self.size}")
 
 
 class Release(Wire, frozen=True):
@@ -248,6 +281,10 @@ class Release(Wire, frozen=True):
     privacy_spent: None
     restores: Digest | None
 
+    def __post_init__(self) -> None:
+        blobs = (self.weights, self.control_variate, self.delta)
+        _needs(self.v, any(blob is not None and blob.chunk_size for blob in blobs), "blobs in chunks")
+
 
 class OfferState(StrEnum):
     """Devices train only on an open offer."""
@@ -260,7 +297,7 @@ class OfferState(StrEnum):
 class RoundOffer(Wire, frozen=True):
     """The opening, closing or end of the collecting of updates on one release."""
 
-    v: Version
+    v: First
     task: Name
     manifest: Digest
     release: Digest
@@ -283,13 +320,19 @@ class Graphs(Wire, frozen=True):
 
 
 class ReleaseMessage(Wire, frozen=True):
-    """What travels on `models/release` and `models/<task>/release`. Signed records alone are an announcement."""
+    """What travels on `models/release` and `models/<task>/release`. Signed records alone are an announcement.
+
+    Graphs without weights: the weights travel in chunks (protocol 2).
+    """
 
     v: Version
     manifest: Signed
     release: Signed
     graphs: Graphs | None = None
     weights: bytes | None = None
+
+    def __post_init__(self) -> None:
+        _needs(self.v, self.graphs is not None and self.weights is None, "weights in chunks")
 
 
 # -- updates -----------------------------------------------------------------------------------------------------
@@ -298,7 +341,7 @@ class ReleaseMessage(Wire, frozen=True):
 class UpdateContext(Wire, frozen=True):
     """All of a head that is known before sealing; its canonical bytes are bound into the encryption."""
 
-    v: Version
+    v: First
     task: Name
     manifest: Digest
     release: Digest
@@ -323,14 +366,36 @@ class UpdateHead(Wire, frozen=True):
     certificate: Annotated[bytes, Meta(min_length=1, max_length=4096)]
     shares: Annotated[list[bytes], Meta(max_length=0)]
 
+    def __post_init__(self) -> None:
+        _needs(self.v, self.chunk_size > 0, "a body in chunks")
+
 
 class UpdateMessage(Wire, frozen=True):
-    """A head, its ECDSA P-256 signature by the device, and a small body, which rides outside the signed bytes."""
+    """A head, its ECDSA P-256 signature by the device, and a small body, which rides outside the signed bytes.
+
+    Without the body the aggregator asks for its chunks (protocol 2).
+    """
 
     v: Version
     head: Annotated[bytes, Meta(min_length=1, max_length=16_384)]
     sig: Annotated[bytes, Meta(min_length=8, max_length=128)]
     body: bytes | None = None
+
+    def __post_init__(self) -> None:
+        _needs(self.v, self.body is None, "a body in chunks")
+
+
+class Missing(Wire, frozen=True):
+    """The aggregator asks a device for chunks of a body; `head` is the digest of the update's head."""
+
+    v: Literal[2]
+    head: Digest
+    chunks: Annotated[list[Uint], Meta(min_length=1, max_length=MISSING_MAX)]
+    """Their numbers, counted from 0, rising."""
+
+    def __post_init__(self) -> None:
+        if any(later <= earlier for earlier, later in itertools.pairwise(self.chunks)):
+            raise ValueError("the numbers of missing chunks do not rise")
 
 
 class PlainBody(Wire, frozen=True):
@@ -358,7 +423,7 @@ class Outcome(StrEnum):
 class Receipt(Wire, frozen=True):
     """The aggregator's word on one head."""
 
-    v: Version
+    v: First
     head: Digest
     task: Name
     round: Positive
@@ -371,7 +436,10 @@ class Receipt(Wire, frozen=True):
 
 
 class DeviceStatus(Wire, frozen=True):
-    """Retained; also the will. `session` keeps a late will from erasing a newer birth."""
+    """Retained; also the will. `session` keeps a late will from erasing a newer birth.
+
+    `v` says what the device understands: it is 2 once the device has met a task that needs protocol 2.
+    """
 
     v: Version
     session: SessionId
@@ -388,7 +456,12 @@ class DeviceStatus(Wire, frozen=True):
 class AggregatorStatus(Wire, frozen=True):
     """Retained; also the will."""
 
-    v: Version
+    v: First
     session: SessionId
     online: bool
     version: Label
+
+
+def _needs(version: int, used: bool, what: str) -> None:
+    if (version == 2) != used:
+        raise ValueError(f"{what}: {'not in protocol 1' if used else 'absent, so this is protocol 1'}")

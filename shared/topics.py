@@ -16,7 +16,9 @@ RELEASE = "models/release"
 SERVICE_OPERATOR = "_operator"
 
 _NAME = re.compile(NAME_PATTERN)
-_HEAD = re.compile(r"^[0-9a-f]{32}$")
+_HEAD = re.compile(r"[0-9a-f]{32}")
+_BLOB = re.compile(r"[0-9a-f]{64}")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 def is_name(text: str) -> bool:
@@ -50,7 +52,8 @@ class Upload:
     shard: int
     device: str
     update: str
-    part: str
+    chunk: int | None
+    """The number of a chunk; None for the head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +66,21 @@ class Topics:
         """Where a device sends a head; `update` is the first 32 hex digits of the signed head's sha256."""
         return f"{self.prefix}/up/{shard}/{device}/{update}/head"
 
+    def upload_chunk(self, shard: int, device: str, update: str, index: int) -> str:
+        """Where a device sends a chunk that it was asked for; `update` as in `head`."""
+        return f"{self.prefix}/up/{shard}/{device}/{update}/{index}"
+
     def uploads(self, shard: int) -> str:
         """The filter for all that one shard's devices send."""
         return f"{self.prefix}/up/{shard}/#"
+
+    def chunk(self, blob: str, index: int) -> str:
+        """One chunk of a blob, retained; `blob` is the hex sha256 of the whole."""
+        return f"{self.prefix}/blob/{blob}/{index}"
+
+    def root(self, version: int | Literal["+"]) -> str:
+        """A root record, retained."""
+        return f"{self.prefix}/root/{version}"
 
     def device_status(self, device: str) -> str:
         """Presence of one device, retained."""
@@ -85,9 +100,16 @@ class Topics:
         shard, device, update, part = parts
         if not shard.isascii() or not shard.isdigit() or len(shard) > 5 or not _HEAD.fullmatch(update):
             raise _bad(topic)
-        if not is_name(device) or part != "head":
+        if not is_name(device) or not (part == "head" or _NUMBER.fullmatch(part)):
             raise _bad(topic)
-        return Upload(int(shard), device, update, part)
+        return Upload(int(shard), device, update, None if part == "head" else int(part))
+
+    def parse_chunk(self, topic: str) -> tuple[bytes, int]:
+        """The sha256 of a blob and the number of the chunk that a topic carries."""
+        blob, index = self._below(topic, "blob", 2)
+        if not _BLOB.fullmatch(blob) or not _NUMBER.fullmatch(index):
+            raise _bad(topic)
+        return bytes.fromhex(blob), int(index)
 
     def parse_device_status(self, topic: str) -> str:
         """The device that a status topic speaks of."""

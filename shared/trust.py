@@ -90,13 +90,15 @@ def receipt(signed: Signed, manifest: TaskManifest) -> Receipt:
     return found
 
 
-def model(message: ReleaseMessage, manifest: TaskManifest, release: Release) -> tuple[Graphs, bytes]:
-    """The graphs and weights of a whole release: as signed, and the graphs as the rules for models allow.
+def model(message: ReleaseMessage, manifest: TaskManifest, release: Release) -> tuple[Graphs, bytes | None]:
+    """The graphs and weights of a release: as signed, and the graphs as the rules for models allow.
 
-    The weights are hashed, not looked into (that takes numpy; see shared.tensors).
+    The weights are hashed, not looked into (that takes numpy; see shared.tensors); None: they come in chunks.
     """
-    if message.graphs is None or message.weights is None:
-        raise RemoteProtocolError(Reason.MISSING_PART, f"release {release.number} without its graphs or weights")
+    if message.graphs is None:
+        raise RemoteProtocolError(Reason.MISSING_PART, f"release {release.number} without its graphs")
+    if message.weights is None and not release.weights.chunks:
+        raise RemoteProtocolError(Reason.MISSING_PART, f"release {release.number} without its weights")
     if manifest.opset != OPSET_VERSION:
         raise RemoteProtocolError(Reason.UNSUPPORTED, f"op-set {manifest.opset}, this program knows {OPSET_VERSION}")
     graphs, weights = message.graphs, message.weights
@@ -107,10 +109,12 @@ def model(message: ReleaseMessage, manifest: TaskManifest, release: Release) -> 
     return graphs, weights
 
 
-def parts(graphs: Graphs, weights: bytes, manifest: TaskManifest, release: Release) -> None:
-    """Refuse graphs or weights that are not the ones that were signed for."""
+def parts(graphs: Graphs, weights: bytes | None, manifest: TaskManifest, release: Release) -> None:
+    """Refuse graphs or weights (None: not here) that are not the ones that were signed for."""
     if sha256(graphs.train).digest() != manifest.train_graph or sha256(graphs.eval).digest() != manifest.eval_graph:
         raise RemoteProtocolError(Reason.WRONG_DIGEST, "a graph is not the one that the manifest was signed for")
+    if weights is None:
+        return
     if len(weights) != release.weights.size or sha256(weights).digest() != release.weights.sha256:
         raise RemoteProtocolError(Reason.WRONG_DIGEST, "the weights are not the ones that the release was signed for")
 

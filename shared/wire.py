@@ -37,7 +37,7 @@ def unpack(data: bytes | memoryview, kind: type[T], limit: int = MESSAGE_MAX) ->
     try:
         message = msgspec.convert(plain, kind, strict=True)
     except msgspec.ValidationError as error:
-        if isinstance(plain, dict) and plain.get("v", 1) != 1:
+        if isinstance(plain, dict) and "v" in plain and "`$.v`" in str(error):
             raise RemoteProtocolError(Reason.VERSION, f"{_name(kind)} of protocol version {plain['v']!r:.20}") from None
         raise RemoteProtocolError(Reason.WRONG_TYPE, f"{_name(kind)}: {error}"[:300]) from None
     if pack(message) != data:

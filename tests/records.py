@@ -6,7 +6,7 @@ from hashlib import sha256
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from msgspec import structs
+from msgspec import UNSET, structs
 
 from shared import graph, signing, tensors, wire
 from shared.graph import Graph, Kind, Port, Ref, Row, StateSlot
@@ -97,8 +97,9 @@ class Records:
         """A manifest of the task `points`; `changes` replace fields, those of the plan included."""
         plan = Plan(goal=3, min_updates=2, rounds=5, deadline=60, over_select=1.0)
         in_plan = {name: value for name, value in changes.items() if name in Plan.__struct_fields__}
+        plan = structs.replace(plan, **in_plan)
         manifest = TaskManifest(
-            v=1,
+            v=1 if plan.until is UNSET and plan.gate is UNSET else 2,
             task="points",
             version=1,
             expires=int(NOW.utc) + 10**5,
@@ -110,7 +111,7 @@ class Records:
             algorithm=FedAvg(),
             server=MeanServer(),
             data=DATA,
-            plan=structs.replace(plan, **in_plan),
+            plan=plan,
             codec="fp32",
             rule=ClippedMean(),
             privacy=PrivacyNone(10.0),

@@ -166,7 +166,7 @@ def test_releases_that_do_not_enter() -> None:
     assert refused(bench, RECORDS.message(RECORDS.manifest(version=1))) is Reason.ROLLBACK
     assert refused(bench, RECORDS.message(RECORDS.manifest(version=2, goal=4))) is Reason.EQUIVOCATION
     newer = RECORDS.message(RECORDS.manifest(version=3))
-    assert refused(bench, structs.replace(newer, weights=None)) is Reason.MISSING_PART
+    assert refused(bench, structs.replace(newer, v=2, weights=None)) is Reason.MISSING_PART
     assert refused(bench, RECORDS.message(RECORDS.manifest(version=3, expires=int(NOW.utc)))) is Reason.EXPIRED
     assert refused(bench, RECORDS.message(RECORDS.manifest(version=3), number=1)) is Reason.ROLLBACK
     other = Records(aggregator=key(8))

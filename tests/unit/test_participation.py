@@ -152,7 +152,7 @@ def test_releases_that_are_refused() -> None:
     assert arrives(RECORDS.message(RECORDS.manifest(version=2, goal=9), number=4)) is Reason.EQUIVOCATION
     assert arrives(RECORDS.message(two, number=4), "other") is Reason.WRONG_TASK
     assert arrives(RECORDS.message(RECORDS.manifest(version=3, expires=int(NOW.utc)))) is Reason.EXPIRED
-    assert arrives(structs.replace(RECORDS.message(two, number=4), weights=None)) is Reason.MISSING_PART
+    assert arrives(structs.replace(RECORDS.message(two, number=4), v=2, weights=None)) is Reason.MISSING_PART
     by_aggregator = signing.sign(RECORDS.manifest(version=3), Role.AGGREGATOR, RECORDS.aggregator)
     assert arrives(structs.replace(MESSAGE, manifest=by_aggregator)) is Reason.WRONG_ROLE
     assert arrives(RECORDS.message(RECORDS.manifest(version=3, opset=7))) is Reason.UNSUPPORTED

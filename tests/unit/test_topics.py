@@ -17,7 +17,10 @@ def test_round_trip(device: str, shard: int, update: bytes) -> None:
     """Every topic that we write parses to what it was made of, below any prefix."""
     for topics in (TOPICS, Topics("site/a")):
         found = topics.parse_upload(topics.head(shard, device, update.hex()))
-        assert found == Upload(shard, device, update.hex(), "head")
+        assert found == Upload(shard, device, update.hex(), None)
+        part = topics.parse_upload(topics.upload_chunk(shard, device, update.hex(), shard))
+        assert part == Upload(shard, device, update.hex(), shard)
+        assert topics.parse_chunk(topics.chunk((update * 2).hex(), shard)) == (update * 2, shard)
         assert topics.parse_device_status(topics.device_status(device)) == device
     assert parse_task(task_release(device), "release") == device
     assert parse_task(task_round(device), "round") == device
@@ -26,7 +29,9 @@ def test_round_trip(device: str, shard: int, update: bytes) -> None:
 @pytest.mark.parametrize(
     "topic",
     [
-        "fl/up/0/dev-1/0123456789abcdef0123456789abcdef/0",
+        "fl/up/0/dev-1/0123456789abcdef0123456789abcdef/00",
+        "fl/up/0/dev-1/0123456789abcdef0123456789abcdef/-1",
+        "fl/up/0/dev-1/0123456789abcdef0123456789abcdef/4294967296",
         "fl/up/0/dev-1/0123456789abcdef0123456789abcde/head",
         "fl/up/0/dev-1/0123456789ABCDEF0123456789ABCDEF/head",
         "fl/up/x/dev-1/0123456789abcdef0123456789abcdef/head",

@@ -179,7 +179,7 @@ def test_a_re_issue_may() -> None:
     ("change", "reason"),
     [
         ({"graphs": None}, Reason.MISSING_PART),
-        ({"weights": None}, Reason.MISSING_PART),
+        ({"v": 2, "weights": None}, Reason.MISSING_PART),
         ({"weights": weights(1.0)}, Reason.WRONG_DIGEST),
         ({"weights": weights()[:-1]}, Reason.WRONG_DIGEST),
         ({"graphs": Graphs(linear("eval"), linear("eval"))}, Reason.WRONG_DIGEST),

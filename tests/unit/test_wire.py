@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from shared import messages, wire
 from shared.errors import Reason, RemoteProtocolError
-from shared.messages import AggregatorStatus, Receipt, Signed, Training
-from tests.records import Records, repacked
+from shared.messages import AggregatorStatus, DeviceStatus, Receipt, Signed, Training
+from tests.records import Records, repacked, wire_builtins
 from tests.vectors.make import VECTORS
 
 STATUS = AggregatorStatus(v=1, session=b"12345678", online=True, version="0.1.0")
@@ -30,6 +30,7 @@ KINDS = (
     messages.Receipt,
     messages.DeviceStatus,
     messages.AggregatorStatus,
+    messages.Missing,
 )
 
 
@@ -42,11 +43,36 @@ def refused(data: bytes, kind: type[object] = AggregatorStatus, limit: int = wir
 
 @pytest.mark.parametrize("name", sorted(VECTORS))
 def test_frozen_vectors(name: str) -> None:
-    """Protocol version 1 is these bytes: a change that alters them breaks every fleet in the field."""
+    """A protocol version is these bytes: a change that alters them breaks every fleet in the field."""
     message = VECTORS[name]()
-    frozen = bytes.fromhex((Path(__file__).parent.parent / "vectors" / f"v1-{name}.hex").read_text())
+    frozen = bytes.fromhex((Path(__file__).parent.parent / "vectors" / f"{name}.hex").read_text())
     assert wire.pack(message) == frozen
     assert wire.unpack(frozen, type(message)) == message
+
+
+@pytest.mark.parametrize("name", sorted(name for name in VECTORS if name.startswith("v2-")))
+def test_versions_are_not_mixed(name: str) -> None:
+    """What came with protocol 2 is not taken as protocol 1, nor a later version than this program knows."""
+    message = VECTORS[name]()
+    if not isinstance(message, DeviceStatus):  # whose version is all that it says anew
+        assert refused(repacked(message, v=1), type(message)) in (Reason.WRONG_TYPE, Reason.VERSION)
+    assert refused(repacked(message, v=3), type(message)) is Reason.VERSION
+
+
+@pytest.mark.parametrize("chunks", [[], [1, 1], [2, 1], [-1], list(range(65))])
+def test_requests_are_bounded_and_rise(chunks: list[int]) -> None:
+    """A device never looks for a chunk twice, nor for more than 64 at once."""
+    request = VECTORS["v2-missing"]()
+    assert refused(repacked(request, chunks=chunks), messages.Missing) is Reason.WRONG_TYPE
+
+
+@pytest.mark.parametrize("change", [{"chunks": []}, {"size": 245_760}, {"chunk_size": 1}, {"chunk_size": 0}])
+def test_chunks_cover_their_blob(change: dict[str, object]) -> None:
+    """As many hashes as the size and the chunk size ask for."""
+    release = VECTORS["v2-release"]()
+    assert isinstance(release, messages.Release)
+    plain = {**wire_builtins(release.weights), **change}
+    assert refused(repacked(release, weights=plain), messages.Release) is Reason.WRONG_TYPE
 
 
 def test_every_message_has_a_vector() -> None:
@@ -70,6 +96,7 @@ def test_every_message_has_a_vector() -> None:
         (lambda data: b"\x81\x90\x01", Reason.NOT_MSGPACK),
         (lambda data: b"\x82\xa1v\x01\xa1v\x01", Reason.NOT_CANONICAL),
         (lambda data: repacked(STATUS, v=2), Reason.VERSION),
+        (lambda data: repacked(STATUS, v="1"), Reason.VERSION),
         (lambda data: repacked(STATUS, extra=1), Reason.WRONG_TYPE),
         (lambda data: repacked(STATUS, online=1), Reason.WRONG_TYPE),
         (lambda data: repacked(STATUS, session="12345678"), Reason.WRONG_TYPE),

@@ -1,4 +1,4 @@
-"""The messages behind the frozen byte vectors of protocol version 1; run it to write vectors that do not exist yet.
+"""The messages behind the frozen byte vectors of each protocol version; run it to write those that do not exist yet.
 
     python -m tests.vectors.make
 
@@ -8,14 +8,21 @@ It never overwrites one: a vector that has changed means that a fleet in the fie
 from collections.abc import Callable
 from pathlib import Path
 
+from msgspec import structs
+
 from shared import wire
 from shared.messages import (
     AggregatorStatus,
+    BlobRef,
     DeviceStatus,
+    Gate,
+    Graphs,
+    Missing,
     Outcome,
     PlainBody,
     Receipt,
     Release,
+    ReleaseMessage,
     Role,
     RoundOffer,
     Signed,
@@ -86,25 +93,39 @@ def _status() -> DeviceStatus:
     )
 
 
+def _chunked_release() -> Release:
+    blob = BlobRef(sha256=b"W" * 32, size=300_000, chunk_size=122_880, chunks=[b"0" * 32, b"1" * 32, b"2" * 32])
+    return structs.replace(_release(), v=2, weights=blob, restores=b"P" * 32)
+
+
 VECTORS: dict[str, Callable[[], Wire]] = {
-    "signed": lambda: _SIGNED,
-    "root": lambda: _RECORDS.root,
-    "manifest": _manifest,
-    "release": _release,
-    "offer": _offer,
-    "release-message": lambda: _RECORDS.message(),
-    "context": _context,
-    "head": _head,
-    "update": lambda: UpdateMessage(v=1, head=wire.pack(_head()), sig=b"s" * 70, body=b"ciphertext"),
-    "body": lambda: PlainBody(examples=40, steps=10, metrics={"accuracy": 0.5, "loss": 1.25}, holdout=10),
-    "receipt": lambda: Receipt(1, b"H" * 32, "points", 7, "sensor-1", Outcome.REJECTED, "norm"),
-    "device-status": _status,
-    "aggregator-status": lambda: AggregatorStatus(v=1, session=b"12345678", online=True, version="0.1.0"),
+    "v1-signed": lambda: _SIGNED,
+    "v1-root": lambda: _RECORDS.root,
+    "v1-manifest": _manifest,
+    "v1-release": _release,
+    "v1-offer": _offer,
+    "v1-release-message": lambda: _RECORDS.message(),
+    "v1-context": _context,
+    "v1-head": _head,
+    "v1-update": lambda: UpdateMessage(v=1, head=wire.pack(_head()), sig=b"s" * 70, body=b"ciphertext"),
+    "v1-body": lambda: PlainBody(examples=40, steps=10, metrics={"accuracy": 0.5, "loss": 1.25}, holdout=10),
+    "v1-receipt": lambda: Receipt(1, b"H" * 32, "points", 7, "sensor-1", Outcome.REJECTED, "norm"),
+    "v1-device-status": _status,
+    "v1-aggregator-status": lambda: AggregatorStatus(v=1, session=b"12345678", online=True, version="0.1.0"),
+    "v2-manifest": lambda: _RECORDS.manifest(until=0.95, gate=Gate(drop=0.1, ratio=1.5, reporters=4)),
+    "v2-release": _chunked_release,
+    "v2-release-message": lambda: ReleaseMessage(
+        2, _SIGNED, structs.replace(_SIGNED, role=Role.AGGREGATOR), Graphs(b"train", b"eval")
+    ),
+    "v2-head": lambda: structs.replace(_head(), v=2, size=300_000, chunk_size=122_880),
+    "v2-update": lambda: UpdateMessage(v=2, head=b"head", sig=b"s" * 70),
+    "v2-missing": lambda: Missing(v=2, head=b"H" * 32, chunks=[0, 1, 65]),
+    "v2-device-status": lambda: structs.replace(_status(), v=2),
 }
 
 if __name__ == "__main__":
     for name, make in VECTORS.items():
-        path = Path(__file__).parent / f"v1-{name}.hex"
+        path = Path(__file__).parent / f"{name}.hex"
         if not path.exists():
             text = wire.pack(make()).hex()
             path.write_text("\n".join(text[at : at + 100] for at in range(0, len(text), 100)) + "\n")

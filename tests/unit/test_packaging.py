@@ -27,6 +27,7 @@ SHELL = {
     "shared.identity",
     "shared.logs",
     "shared.mqtt",
+    "shared.spool",
     "shared.systemd",
     "edge_agent.child",
     "edge_agent.cli",

@@ -30,6 +30,9 @@ STALL = 180.0
 LOOK = 0.5
 """Seconds between two looks at the devices."""
 
+BACK = 1.0
+"""Seconds for which a device that was killed stays away."""
+
 DEVICE_MEMORY = 260 << 20
 """Bytes that a device's agent and its trainer take together, besides what all trainers share."""
 
@@ -53,6 +56,8 @@ class Demo:
             DeviceRecord(name=f"device-{number}", digits=data.digits_of(number, devices)) for number in range(devices)
         ]
         self._begun = time.monotonic()
+        self._killed: tuple[int, float] | None = None
+        """(number of the device, monotonic second) of the one that is away."""
 
     def run(self) -> Report:
         """All of it; the processes have ended when this returns or raises."""
@@ -148,10 +153,12 @@ class Demo:
                 for at, message in ear.listen(LOOK):
                     if message.topic == ear.offer:
                         self._hear_offer(training, judge, message, at)
+                        self._strike(processes, training)
                     elif (record := self._hear_release(training, judge, message, at)) is not None:
                         heard = time.monotonic()
                         self._screen.devices(self._devices)
                         self._screen.released(record)
+                self._revive(processes)
                 processes.check()
                 if time.monotonic() - looked >= LOOK:
                     self._look()
@@ -160,7 +167,10 @@ class Demo:
                 if time.monotonic() - heard > STALL:
                     raise DemoError(f"no new release for {STALL:.0f} seconds; {self._aggregators_words()}")
         self._look()
+        self._revive(processes)
         self._screen.devices(self._devices)
+        if self._killed is not None:
+            raise DemoError(f"{self._devices[self._killed[0]].name} was killed and did not come back")
         if not training.records:
             raise DemoError(f"the task ended without a new release; {self._aggregators_words()}")
         return training
@@ -192,6 +202,33 @@ class Demo:
         training.up, training.down = up, down
         training.records.append(record)
         return record
+
+    def _strike(self, processes: Processes, training: "Training") -> None:
+        """Kill one device in the middle of the round that is half-way; its update is still to come or on its way."""
+        number, half = max(training.opened), 1 + self._rounds // 2
+        device = self._devices[-1]
+        if number != half or number == 1 or device.killed_in is not None or len(self._devices) == 1:
+            return
+        ask(self._place, device)
+        processes.agents[-1].kill()
+        device.killed_in, device.state = number, "killed"
+        device.before = (device.updates, device.bytes_up, device.bytes_down)
+        self._killed = (len(self._devices) - 1, time.monotonic())
+        self._screen.stage(f"{device.name} was killed in the middle of round {number} (kill -9); the round goes on")
+
+    def _revive(self, processes: Processes) -> None:
+        """Start a killed device again, and see it come back."""
+        if self._killed is None:
+            return
+        number, at = self._killed
+        device, process = self._devices[number], processes.agents[number]
+        if device.state == "killed" and time.monotonic() - at >= BACK:
+            processes.agents[number] = process.again()
+            device.state = "starting"
+        elif device.state not in ("killed", "starting", "not connected"):
+            device.back_after = round(time.monotonic() - at, 2)
+            self._killed = None
+            self._screen.stage(f"{device.name} is back after {device.back_after:.1f} s; nothing was lost")
 
     def _look(self) -> None:
         for device in self._devices:

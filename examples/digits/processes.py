@@ -54,11 +54,12 @@ def command(name: str, *arguments: str | Path) -> None:
 
 
 class Process:
-    """A daemon that writes its log to `log`."""
+    """A daemon that appends its log to `log`."""
 
     def __init__(self, name: str, log: Path, arguments: list[str]) -> None:
-        self.name, self.log = name, log
-        with log.open("wb") as stream:
+        self.name, self.log, self._arguments = name, log, arguments
+        self._killed = False
+        with log.open("ab") as stream:
             # A session of its own: Ctrl-C reaches the demo alone, which then ends all in good order.
             self._popen = subprocess.Popen(
                 [*_leash(), *arguments],
@@ -75,11 +76,21 @@ class Process:
         return self._popen.pid
 
     def check(self) -> None:
-        """DemoError with the end of its log if it has ended."""
+        """DemoError with the end of its log if it has ended by itself."""
         status = self._popen.poll()
-        if status is not None:
+        if status is not None and not self._killed:
             how = f"exit status {status}" if status >= 0 else f"signal {-status}"
             raise DemoError(f"{self.name} ended early ({how}); {end_of(self.log)}")
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut would end it."""
+        self._killed = True
+        self._popen.kill()
+        self._popen.wait()
+
+    def again(self) -> "Process":
+        """The same daemon, started once more."""
+        return Process(self.name, self.log, self._arguments)
 
     def ask_to_end(self) -> None:
         """SIGTERM."""
@@ -90,8 +101,7 @@ class Process:
         try:
             self._popen.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self._popen.kill()
-            self._popen.wait()
+            self.kill()
 
 
 class Processes:

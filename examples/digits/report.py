@@ -53,6 +53,12 @@ class DeviceRecord:
     alone_accuracy: float | None = None
     alone_known: tuple[int, ...] = ()
     """Digits that it knows after training with its own data only."""
+    killed_in: int | None = None
+    """The round in whose middle it was killed."""
+    back_after: float | None = None
+    """Seconds from then until it was connected again."""
+    before: tuple[int, int, int] = (0, 0, 0)
+    """(updates, bytes up, bytes down) that its agent had counted when it was killed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,6 +131,11 @@ class Report:
             },
             "bytes_up": sum(device.bytes_up for device in self.devices),
             "bytes_down": sum(device.bytes_down for device in self.devices),
+            "killed": [
+                {"device": device.name, "round": device.killed_in, "back_after": device.back_after}
+                for device in self.devices
+                if device.killed_in is not None
+            ],
             "memory": {
                 "agent_median": _median([device.agent_memory for device in self.devices]),
                 "agent_max": max(device.agent_memory for device in self.devices),
@@ -167,6 +178,7 @@ class Report:
                 f"{len(self.rounds)}; {statistics.median(self.seconds):.2f} s each (median; {min(self.seconds):.2f} to "
                 f"{max(self.seconds):.2f}), the first {self.rounds[0].seconds:.1f} s as {count} trainers had to start",
             ),
+            *(line for device in self.devices if device.killed_in is not None for line in _killed(device)),
             *_entry(
                 "bytes",
                 f"up {size(up)}, down {size(down)}; a device: up {size(up / count)}, down {size(down / count)} "
@@ -219,6 +231,15 @@ def _entry(name: str, text: str) -> list[str]:
             lines.append("")
         lines[-1] += f" {word}" if lines[-1] else word
     return [f"  {name if n == 0 else '':<16} {line}" for n, line in enumerate(lines)]
+
+
+def _killed(device: DeviceRecord) -> list[str]:
+    back = "did not come back" if device.back_after is None else f"was back after {device.back_after:.1f} s"
+    return _entry(
+        "killed",
+        f"{device.name} in the middle of round {device.killed_in} (kill -9); it {back}, and {device.updates} of its "
+        "updates count in all",
+    )
 
 
 def _median(values: Sequence[int]) -> int:

@@ -67,7 +67,8 @@ def ask(place: Place, device: DeviceRecord) -> None:
     link, memory, counts = told["link"], told["memory"], told["counts"]
     device.state = told["state"] if link["connected"] else "not connected"
     device.round = max((task["last_round_trained"] for task in told["tasks"].values()), default=0)
-    device.updates = counts.get("updates_accepted", 0)
-    device.bytes_up, device.bytes_down = link["bytes_sent"], link["bytes_received"]
+    updates, up, down = device.before
+    device.updates = updates + counts.get("updates_accepted", 0)
+    device.bytes_up, device.bytes_down = up + link["bytes_sent"], down + link["bytes_received"]
     device.agent_memory = max(device.agent_memory, memory["agent"] or 0)
     device.trainer_memory = max(device.trainer_memory, memory["trainer"] or 0)

@@ -124,6 +124,10 @@ def test_demo_trains_a_fleet_and_reports(tmp_path: Path) -> None:
         assert after["reported_accuracy"] == pytest.approx(before["accuracy"], abs=1e-3)
 
     assert len(found["devices"]) == DEVICES
+    # One was killed in the middle of a round and came back; nothing of it was lost.
+    assert [(one["device"], one["round"]) for one in found["killed"]] == [(f"device-{DEVICES - 1}", ROUNDS // 2 + 1)]
+    assert found["killed"][0]["back_after"] > 0
+    assert "was killed in the middle of round" in ran.stdout and "is back after" in ran.stdout
     for device in found["devices"]:
         assert len(device["digits"]) == 3
         assert device["updates"] == ROUNDS

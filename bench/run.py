@@ -17,7 +17,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench import ingest, kernels, rounds
+from bench import distribution, ingest, kernels, rounds
 from bench.fleet import HERE, BenchError
 from bench.report import Figure, document, table
 from shared.errors import FieldfareError
@@ -48,6 +48,7 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=12, help="rounds that count, after the warm-up (default 12)")
     options.add_argument("--idle", type=float, default=20.0, help="seconds of looking at the idle agents (default 20)")
     options.add_argument("--ingest", type=int, nargs="*", default=[10, 100], help="devices that send in one round")
+    options.add_argument("--distribution", type=int, nargs="*", default=[100], help="devices that get a release")
     options.add_argument("--keep", action="store_true", help="leave the fleets' folders and logs there")
     options.add_argument("--publish", action="store_true", help=f"also write {PUBLISHED.relative_to(ROOT)}")
     options.add_argument("--out", type=Path, default=OUT, help="the report's folder (default build/bench)")
@@ -94,6 +95,9 @@ def _measure(work: Path, given: argparse.Namespace) -> list[Figure]:
     for devices in given.ingest:
         _say(f"one round with {devices} updates")
         figures += ingest.measure(work / f"ingest-{devices}", devices)
+    for devices in given.distribution:
+        _say(f"a release to {devices} devices")
+        figures += distribution.measure(work / f"distribution-{devices}", devices)
     _say("fold, steps of an update, disk")
     (work / "kernels").mkdir()
     return figures + kernels.measure(work / "kernels")

@@ -36,7 +36,20 @@ pytestmark = [
 
 def test_bench_reports_every_section(tmp_path: Path) -> None:
     """Idle agents, rounds, ingest, fold, steps and disk: each has figures, in report.json and in the table."""
-    options = ["--devices", "2", "--rounds", "1", "--idle", "2", "--ingest", "2", "--out", str(tmp_path)]
+    options = [
+        "--devices",
+        "2",
+        "--rounds",
+        "1",
+        "--idle",
+        "2",
+        "--ingest",
+        "2",
+        "--distribution",
+        "3",
+        "--out",
+        str(tmp_path),
+    ]
     ran = subprocess.run(
         [*LEASH, sys.executable, "-m", "bench.run", *options], cwd=ROOT, capture_output=True, text=True, timeout=280
     )

@@ -18,6 +18,7 @@ SECTIONS = {
     "Round, 2 devices",
     "Where a round goes, 2 devices",
     "Ingest, 2 devices in one round",
+    "A release of 4.0 MB to 3 devices",
     "Fold",
     "Steps of one 4 MB update, CPU",
     "One 4 MB update through the aggregator, no network",

@@ -19,8 +19,8 @@ from shared.errors import Reason, RemoteProtocolError
 from shared.topics import is_name
 
 if TYPE_CHECKING:
+    from aggregator.ports import StoredTask
     from aggregator.release import Description
-    from aggregator.store import StoredTask
     from shared.messages import Root
     from shared.mqtt import LinkSettings
 

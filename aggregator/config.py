@@ -45,12 +45,14 @@ class State(Section, frozen=True):
 
 
 class Limits(Section, frozen=True):
-    """`[limits]`: what received messages may cost before they are handled."""
+    """`[limits]`: what received messages may cost before they are handled, and how much is kept."""
 
     inbound_messages: Annotated[int, Meta(ge=1, le=100_000)] = 15
     """Messages; while so many wait, the link is not read."""
     inbound_bytes: Annotated[int, Meta(ge=1 << 20, le=8 << 30)] = 23 << 20
     """Bytes, likewise; a single larger message passes alone."""
+    keep_releases: Annotated[int, Meta(ge=2, le=10_000)] = 10
+    """Newest releases of a task whose weights stay on disk, so that the task can be rolled back to them."""
 
 
 class AggregatorConfig(Section, frozen=True):

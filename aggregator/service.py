@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import assert_never
 
 from aggregator import coordinator as core
-from aggregator import validate
+from aggregator import ports, validate
+from aggregator.blobs import Blobs
 from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator, Effect, Task
 from aggregator.fold import Fold, Vector
+from aggregator.ports import BlobLost, Contribution, StoredTask
 from aggregator.round import Round
-from aggregator.store import BlobLost, Blobs, Contribution, Store, StoredTask
+from aggregator.store import Store
 from shared import codec, identity, logs, sealing, signing, systemd, tensors, wire
 from shared.driver import Driver, Mailbox, on_termination, read_clock
 from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, RemoteProtocolError
@@ -77,7 +79,8 @@ class Service:
         self._keys = state / "keys"
         self._keys.mkdir(mode=0o700, exist_ok=True)
         self._lock = _alone(state / "lock")
-        self._store, self._blobs = Store(state / "aggregator.db"), Blobs(state / "blobs")
+        self._store: ports.Store = Store(config.database)
+        self._blobs: ports.Blobs = Blobs(state / "blobs")
         self._ca = identity.load_certificates(config.device_ca)
         self._topics = Topics(config.broker.prefix)
         private = identity.load_signing_key(Path(config.trust.signing_key))
@@ -151,6 +154,7 @@ class Service:
             self.mailbox.close()  # first: the network thread may wait there for a credit
             self._link.stop()
             self._store.close()
+            self._blobs.close()
             (self._state / "status.json").unlink(missing_ok=True)
         tell(Event.DAEMON_STOPPED)
 
@@ -346,8 +350,8 @@ class Service:
                 )
             case core.EraseRound():
                 self._erase_round(effect.task, effect.manifest_version, effect.number)
-                if effect.replaced not in self._store.weights_in_use():
-                    self._blobs.delete(effect.replaced)
+                for name in self._store.weights_spent(effect.task, self._config.limits.keep_releases):
+                    self._blobs.delete(name)
             case core.AbandonRound():
                 tell(Event.ROUND_ABANDONED, task=effect.task, round=effect.number, how=effect.how)
                 self._erase_round(effect.task, effect.manifest_version, effect.number)
@@ -519,7 +523,7 @@ class Service:
 
     def _sweep(self, known: Sequence[StoredTask]) -> None:
         """Delete what a crash left behind: bodies, weights and keys that no open round or newest release needs."""
-        wanted = self._store.weights_in_use()
+        wanted = self._store.weights_in_use(self._config.limits.keep_releases)
         keys = set()
         for stored in known:
             wanted |= set(self._store.model(stored.name, stored.manifest_version)[:2])

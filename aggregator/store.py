@@ -1,33 +1,54 @@
-"""What the aggregator must remember: tasks, releases, rounds and contributions in SQLite, bytes in a directory.
+"""What the aggregator must remember, behind the port Store: tasks, releases, rounds and contributions as rows.
 
-SQL is written with SQLAlchemy Core and holds nothing that only SQLite knows. One connection, used by the owner thread.
-Blobs are named by their sha256, written whole (temporary file, fsync, rename) and checked when read.
-The private keys of rounds are files of their own, in no database and so in no backup of one.
+SQL is written with SQLAlchemy Core and holds nothing that only SQLite knows (that is in aggregator.sqlite). One
+connection, used by the owner thread. Bytes are named here and kept in the blobs; the private keys of rounds are files
+of their own, in no database and so in no backup of one.
+
+An older schema is moved over in one transaction when the database is opened for writing, after a copy of the file was
+laid beside it.
 """
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects import postgresql as postgres_dialect
+from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import SQLAlchemyError
 
+from aggregator import ports, sqlite
+from aggregator.ports import (
+    ENDINGS,
+    PHASES,
+    TASK_STATES,
+    Contribution,
+    StoredRelease,
+    StoredRound,
+    StoredTask,
+    TaskState,
+)
 from shared import wire
 from shared.errors import ConfigError, LocalProtocolError
-from shared.files import write_durably
 from shared.messages import Metrics, ReleaseMessage, Signed
 
-SCHEMA_VERSION = 1
-
-_WRITERS = 4
-"""Threads that write bodies; measured on a virtual disk: 3 ms for each file of 4 MB, with one thread 8."""
+SCHEMA_VERSION = 2
+REMEMBERED = 400 * 86_400
+"""Seconds for which the rows of a round outlive it: who asks later is told `unknown`."""
+_ROWS_AT_ONCE = 1_000
+"""Of one INSERT: databases bound the number of its parameters, SQLite at 32,766."""
 
 _meta = sa.MetaData()
 _schema = sa.Table("schema_version", _meta, sa.Column("version", sa.Integer, primary_key=True))
+_tasks = sa.Table(
+    "tasks",
+    _meta,
+    sa.Column("task", sa.String, primary_key=True),
+    sa.Column("state", sa.String, nullable=False),  # a TaskState
+    sa.Column("restored", sa.Boolean, nullable=False),
+)
 _manifests = sa.Table(
     "manifests",
     _meta,
@@ -46,6 +67,9 @@ _releases = sa.Table(
     sa.Column("signed", sa.LargeBinary, nullable=False),
     sa.Column("weights", sa.LargeBinary, nullable=False),
     sa.Column("created", sa.BigInteger, nullable=False),
+    sa.Column("replaced_at", sa.BigInteger),
+    sa.Column("withdrawn_at", sa.BigInteger),
+    sa.Column("restores", sa.BigInteger),
 )
 _rounds = sa.Table(
     "rounds",
@@ -53,8 +77,7 @@ _rounds = sa.Table(
     sa.Column("task", sa.String, primary_key=True),
     sa.Column("manifest_version", sa.BigInteger, primary_key=True),
     sa.Column("round", sa.BigInteger, primary_key=True),
-    # open, closing; then how it ended: released, superseded or rejected_by_gate
-    sa.Column("state", sa.String, nullable=False),
+    sa.Column("state", sa.String, nullable=False),  # a Phase, then an Ending
     sa.Column("offer", sa.LargeBinary, nullable=False),
     sa.Column("extensions", sa.Integer, nullable=False),
     sa.Column("opened", sa.Float, nullable=False),
@@ -70,7 +93,7 @@ _contributions = sa.Table(
     sa.Column("collected_in", sa.BigInteger, nullable=False),
     sa.Column("shard", sa.Integer, nullable=False),
     sa.Column("head_digest", sa.LargeBinary, nullable=False),
-    sa.Column("outcome", sa.String, nullable=False),
+    sa.Column("outcome", sa.String, nullable=False),  # accepted or rejected
     sa.Column("seq", sa.BigInteger, nullable=False),
     sa.Column("weight", sa.Float, nullable=False),
     sa.Column("examples", sa.BigInteger, nullable=False),
@@ -79,79 +102,49 @@ _contributions = sa.Table(
     sa.Column("head", sa.LargeBinary, nullable=False),
     sa.Column("body", sa.LargeBinary, nullable=False),
     sa.Column("at", sa.Float, nullable=False),
+    sa.Column("reason", sa.String, nullable=False, server_default=""),
+)
+# A year's rounds of a task lie together under the primary key: without this each closing would read them all.
+_collected = sa.Index(
+    "contributions_collected",
+    _contributions.c.task,
+    _contributions.c.manifest_version,
+    _contributions.c.collected_in,
+    _contributions.c.seq,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class Contribution:
-    """One accepted update. `head` are the bytes of its UpdateHead, `body` the sha256 of its ciphertext in the blobs."""
-
-    task: str
-    manifest_version: int
-    origin_round: int
-    device: str
-    collected_in: int
-    head_digest: bytes
-    seq: int
-    weight: float
-    examples: int
-    holdout: int
-    metrics: Metrics
-    head: bytes
-    body: bytes
-    at: float
-    outcome: str = "accepted"
-    shard: int = 0
+_INSERTS: dict[str, Callable[[sa.Table], sqlite_dialect.Insert | postgres_dialect.Insert]] = {
+    "sqlite": sqlite_dialect.insert,
+    "postgresql": postgres_dialect.insert,
+}
+"""ON CONFLICT is the same words in both, but each dialect has an INSERT of its own for it."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRound:
-    """A round as it stands in the store."""
-
-    number: int
-    state: str
-    offer: Signed
-    extensions: int
-    opened: float
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTask:
-    """The newest of a task: manifest, release, round, and that round's contributions in the order of the fold."""
-
-    name: str
-    manifest_version: int
-    manifest: Signed
-    release: Signed
-    round: StoredRound | None
-    contributions: tuple[Contribution, ...]
-
-
-class Store:
+class Store(ports.Store):
     """The database. Every change happens inside `transaction`."""
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         """Open or create the database file; ConfigError if it is not one of ours, or of a later version."""
         if read_only and not path.exists():
             raise ConfigError(str(path), "", "no database here: has the aggregator run with this state.directory?")
-        mode = {"mode": "ro" if read_only else "rwc", "uri": "true"}
-        url = sa.URL.create("sqlite", database=path.resolve().as_uri(), query=mode)
-        self._engine = sa.create_engine(url, poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
+        self._path = path
+        self._engine = sqlite.engine(path, read_only=read_only)
+        self._insert = _INSERTS[self._engine.dialect.name]
         try:
             self._connection = self._engine.connect()
-            if not read_only:
-                self._connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-                self._connection.exec_driver_sql("PRAGMA synchronous=FULL")
-                self._connection.commit()
+            version = self._version(create=not read_only)
+            if version == 1 and not read_only:
+                sqlite.copy(path, path.with_name(f"{path.name}.v1"))
                 with self._connection.begin():
-                    _meta.create_all(self._connection)
-                    if self._connection.scalar(sa.select(_schema.c.version)) is None:
-                        self._connection.execute(_schema.insert().values(version=SCHEMA_VERSION))
-            version = self._connection.scalar(sa.select(_schema.c.version))
-            self._connection.rollback()
-        except SQLAlchemyError as error:
-            raise ConfigError(str(path), "", f"is not a usable database: {_cause(error)}") from None
-        if version != SCHEMA_VERSION:
+                    _from_1_to_2(self._connection)
+                version = 2
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+            raise ConfigError(str(path), "", f"is not a usable database: {cause}") from None
+        if version < SCHEMA_VERSION:
+            advice = f"has schema {version}; `aggregator run` brings it to {SCHEMA_VERSION}"
+            raise ConfigError(str(path), "", advice)
+        if version > SCHEMA_VERSION:
             raise ConfigError(str(path), "", f"has schema {version}, this program knows {SCHEMA_VERSION}: upgrade it")
 
     def close(self) -> None:
@@ -161,25 +154,36 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Everything inside becomes durable together, or not at all."""
+        """Everything inside becomes durable together, or not at all: then the same may be tried again."""
         try:
             with self._connection.begin():
                 yield
         except SQLAlchemyError as error:
-            raise LocalProtocolError(f"the database failed: {_cause(error)}") from error
+            raise sqlite.failure(self._path, error) from error
 
     # -- writing, inside a transaction --
 
     def adopt(self, task: str, manifest_version: int, message: ReleaseMessage, graphs: tuple[bytes, bytes]) -> None:
-        """A manifest with the names (sha256) of its graphs in the blobs."""
+        """A manifest with the names (sha256) of its graphs in the blobs; again is nothing."""
         values = {"signed": wire.pack(message.manifest), "train_graph": graphs[0], "eval_graph": graphs[1]}
         row = {"task": task, "manifest_version": manifest_version, **values}
-        self._connection.execute(insert(_manifests).values(row).on_conflict_do_nothing())
+        self._connection.execute(self._insert(_manifests).values(row).on_conflict_do_nothing())
+        first = {"task": task, "state": "active", "restored": False}
+        self._connection.execute(self._insert(_tasks).values(first).on_conflict_do_nothing())
 
     def add_release(
-        self, task: str, manifest_version: int, number: int, signed: Signed, weights: bytes, now: float
+        self,
+        task: str,
+        manifest_version: int,
+        number: int,
+        signed: Signed,
+        weights: bytes,
+        now: float,
+        restores: int | None = None,
     ) -> None:
-        """A release; the same number twice is our bug."""
+        """A release, which replaces the newest of its task; the same number twice is our bug."""
+        replaced = _releases.update().where(_releases.c.task == task, _releases.c.replaced_at.is_(None))
+        self._connection.execute(replaced.values(replaced_at=int(now)))
         self._connection.execute(
             _releases.insert().values(
                 task=task,
@@ -188,8 +192,14 @@ class Store:
                 signed=wire.pack(signed),
                 weights=weights,
                 created=int(now),
+                restores=restores,
             )
         )
+
+    def mark_withdrawn(self, task: str, manifest_version: int, number: int, now: float) -> None:
+        """The chunks of a release are no longer retained on the broker."""
+        where = _release(task, manifest_version, number)
+        self._connection.execute(_releases.update().where(*where).values(withdrawn_at=int(now)))
 
     def open_round(self, task: str, manifest_version: int, number: int, offer: Signed, opened: float) -> None:
         """A new open round with its first offer."""
@@ -200,43 +210,63 @@ class Store:
         self, task: str, manifest_version: int, number: int, state: str | None, offer: Signed, extensions: int
     ) -> None:
         """A re-issued offer and the state that goes with it; None leaves the state as it is."""
+        if state is not None and state not in PHASES | ENDINGS:
+            raise LocalProtocolError(f"a round cannot be {state}")
         changed = {"offer": wire.pack(offer), "extensions": extensions} | ({"state": state} if state else {})
         self._connection.execute(_rounds.update().where(*_round(task, manifest_version, number)).values(changed))
 
     def end_round(self, task: str, manifest_version: int, number: int, how: str, now: float) -> None:
-        """The one way in which a round ended."""
+        """The one way in which a round ended (an Ending)."""
+        if how not in ENDINGS:
+            raise LocalProtocolError(f"a round cannot end as {how}")
         self._connection.execute(
             _rounds.update().where(*_round(task, manifest_version, number)).values(state=how, ended=now)
         )
 
     def contribute(self, rows: Sequence[Contribution]) -> set[bytes]:
-        """Record contributions; returns the head digests of those that were new: only these count."""
-        if not rows:
-            return set()
-        values = [
-            {
-                "task": row.task,
-                "manifest_version": row.manifest_version,
-                "origin_round": row.origin_round,
-                "device": row.device,
-                "collected_in": row.collected_in,
-                "shard": row.shard,
-                "head_digest": row.head_digest,
-                "outcome": row.outcome,
-                "seq": row.seq,
-                "weight": row.weight,
-                "examples": row.examples,
-                "holdout": row.holdout,
-                "metrics": wire.pack(row.metrics),
-                "head": row.head,
-                "body": row.body,
-                "at": row.at,
-            }
-            for row in rows
-        ]
-        statement = insert(_contributions).values(values).on_conflict_do_nothing()
-        returned = self._connection.execute(statement.returning(_contributions.c.head_digest))
-        return {digest for (digest,) in returned}
+        """Record contributions, rejected ones too; returns the head digests of those that were new: only these count.
+
+        A device has one row a round, so a rejected one takes its place.
+        """
+        new: set[bytes] = set()
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            values = [_values(row) for row in rows[start : start + _ROWS_AT_ONCE]]
+            statement = self._insert(_contributions).values(values).on_conflict_do_nothing()
+            returned = self._connection.execute(statement.returning(_contributions.c.head_digest))
+            new |= {digest for (digest,) in returned}
+        return new
+
+    def set_task_state(self, task: str, state: TaskState) -> None:
+        """What the operator wants of a task."""
+        if state not in TASK_STATES:
+            raise LocalProtocolError(f"a task cannot be {state}")
+        self._change_task(task, {"state": state})
+
+    def set_restored(self, task: str, restored: bool) -> None:
+        """Whether a task still waits for what the broker knows of it."""
+        self._change_task(task, {"restored": restored})
+
+    def prune(self, now: float, most: int = 10_000) -> int:
+        """Forget rows of rounds that ended more than 400 days ago; returns how many, at most `most`.
+
+        The newest round of a manifest stays, since numbers go on from it.
+        """
+        over = _rounds.c.ended < now - REMEMBERED
+        key = tuple(_contributions.primary_key.columns)
+        old = sa.select(*key).join(
+            _rounds,
+            (_rounds.c.task == _contributions.c.task)
+            & (_rounds.c.manifest_version == _contributions.c.manifest_version)
+            & (_rounds.c.round == _contributions.c.origin_round),
+        )
+        first = _contributions.delete().where(sa.tuple_(*key).in_(old.where(over).limit(most)))
+        gone = self._connection.execute(first).rowcount
+        if gone >= most:
+            return gone
+        key = tuple(_rounds.primary_key.columns)
+        newest = sa.select(_rounds.c.task, _rounds.c.manifest_version, sa.func.max(_rounds.c.round)).group_by(*key[:2])
+        spent = sa.select(*key).where(over, sa.tuple_(*key).not_in(newest)).limit(most - gone)
+        return gone + self._connection.execute(_rounds.delete().where(sa.tuple_(*key).in_(spent))).rowcount
 
     # -- reading --
 
@@ -247,8 +277,14 @@ class Store:
             found = self._connection.execute(newest.order_by(_manifests.c.task)).all()
             return [self._task(task, version) for task, version in found]
 
+    def task_state(self, task: str) -> TaskState:
+        """What the operator wants of a task; `active` for one that is not known."""
+        with self._reading():
+            found = self._connection.scalar(sa.select(_tasks.c.state).where(_tasks.c.task == task))
+        return found or "active"
+
     def model(self, task: str, manifest_version: int) -> tuple[bytes, bytes, bytes]:
-        """Names (sha256) of the train graph, eval graph and newest weights of a task."""
+        """Names (sha256) of the train graph, eval graph and newest weights of a manifest."""
         with self._reading():
             graphs = self._connection.execute(
                 sa.select(_manifests.c.train_graph, _manifests.c.eval_graph).where(
@@ -263,22 +299,29 @@ class Store:
             )
         return graphs.train_graph, graphs.eval_graph, weights or b""
 
-    def contributions(self, task: str, manifest_version: int, number: int) -> list[Contribution]:
-        """What was collected in a round, in the order of the fold."""
+    def release(self, task: str, manifest_version: int, number: int) -> StoredRelease | None:
+        """A release by its number."""
+        query = sa.select(_releases).where(*_release(task, manifest_version, number))
+        with self._reading():
+            row = self._connection.execute(query).one_or_none()
+        return None if row is None else _stored_release(row)
+
+    def retained(self, task: str) -> list[StoredRelease]:
+        """The releases of a task that are not withdrawn, of any manifest, the newest first."""
         query = (
-            sa.select(_contributions)
-            .where(
-                _contributions.c.task == task,
-                _contributions.c.manifest_version == manifest_version,
-                _contributions.c.collected_in == number,
-            )
-            .order_by(_contributions.c.seq)
+            sa.select(_releases)
+            .where(_releases.c.task == task, _releases.c.withdrawn_at.is_(None))
+            .order_by(_releases.c.manifest_version.desc(), _releases.c.number.desc())
         )
         with self._reading():
-            return [_contribution(row) for row in self._connection.execute(query)]
+            return [_stored_release(row) for row in self._connection.execute(query)]
+
+    def contributions(self, task: str, manifest_version: int, number: int) -> list[Contribution]:
+        """What counts of a round, in the order of the fold."""
+        return self._collected(task, manifest_version, number, "accepted")
 
     def recall(self, task: str, manifest_version: int, origin_round: int, device: str) -> Contribution | None:
-        """What a device contributed to a round, if anything."""
+        """What a device's update to a round became, if it had one."""
         query = sa.select(_contributions).where(
             _contributions.c.task == task,
             _contributions.c.manifest_version == manifest_version,
@@ -289,13 +332,25 @@ class Store:
             row = self._connection.execute(query).one_or_none()
         return None if row is None else _contribution(row)
 
-    def weights_in_use(self) -> set[bytes]:
-        """Names of the weights that the newest release of any manifest has."""
+    def weights_in_use(self, keep: int) -> set[bytes]:
+        """Names of the weights of the newest `keep` releases of each task's newest manifest."""
         key = (_releases.c.task, _releases.c.manifest_version)
-        newest = sa.select(*key, sa.func.max(_releases.c.number)).group_by(*key)
-        query = sa.select(_releases.c.weights).where(sa.tuple_(*key, _releases.c.number).in_(newest))
+        newest = sa.select(_manifests.c.task, sa.func.max(_manifests.c.manifest_version)).group_by(_manifests.c.task)
+        place = sa.func.row_number().over(partition_by=key, order_by=_releases.c.number.desc())
+        ranked = sa.select(_releases.c.weights, place.label("place")).where(sa.tuple_(*key).in_(newest)).subquery()
         with self._reading():
-            return set(self._connection.scalars(query))
+            return set(self._connection.scalars(sa.select(ranked.c.weights).where(ranked.c.place <= keep)))
+
+    def weights_spent(self, task: str, keep: int) -> set[bytes]:
+        """Names of weights that fell out of use lately: of the `keep` releases before those that are kept."""
+        query = (
+            sa.select(_releases.c.weights)
+            .where(_releases.c.task == task)
+            .order_by(_releases.c.manifest_version.desc(), _releases.c.number.desc())
+            .limit(2 * keep)
+        )
+        with self._reading():
+            return set(self._connection.scalars(query)) - self.weights_in_use(keep)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -303,10 +358,24 @@ class Store:
         try:
             yield
         except SQLAlchemyError as error:
-            raise LocalProtocolError(f"the database failed: {_cause(error)}") from error
+            raise sqlite.failure(self._path, error) from error
         finally:
             if not outer:
                 self._connection.rollback()
+
+    def _version(self, *, create: bool) -> int:
+        """The schema's version; in an empty database it is made first."""
+        with self._connection.begin():
+            if create and not sa.inspect(self._connection).get_table_names():
+                _meta.create_all(self._connection)
+                self._connection.execute(_schema.insert().values(version=SCHEMA_VERSION))
+            version: int = self._connection.scalars(sa.select(_schema.c.version)).one()
+            return version
+
+    def _change_task(self, task: str, values: dict[str, object]) -> None:
+        changed = self._connection.execute(_tasks.update().where(_tasks.c.task == task).values(values))
+        if changed.rowcount != 1:
+            raise LocalProtocolError(f"there is no task {task} in the database")
 
     def _task(self, task: str, version: int) -> StoredTask:
         manifest = self._connection.scalar(
@@ -326,64 +395,65 @@ class Store:
         ).one_or_none()
         if manifest is None or release is None:
             raise LocalProtocolError(f"task {task} has a manifest without a release in the database")
+        wanted = self._connection.execute(sa.select(_tasks).where(_tasks.c.task == task)).one()
         found = None
+        accepted: list[Contribution] = []
+        rejected: list[Contribution] = []
         if row is not None:
             found = StoredRound(row.round, row.state, wire.unpack(row.offer, Signed), row.extensions, row.opened)
-        rows = tuple(self.contributions(task, version, found.number)) if found is not None else ()
-        return StoredTask(task, version, wire.unpack(manifest, Signed), wire.unpack(release, Signed), found, rows)
+            accepted = self._collected(task, version, found.number, "accepted")
+            rejected = self._collected(task, version, found.number, "rejected")
+        return StoredTask(
+            name=task,
+            manifest_version=version,
+            manifest=wire.unpack(manifest, Signed),
+            release=wire.unpack(release, Signed),
+            round=found,
+            contributions=tuple(accepted),
+            rejected=tuple(rejected),
+            state=wanted.state,
+            restored=wanted.restored,
+        )
+
+    def _collected(self, task: str, manifest_version: int, number: int, outcome: str) -> list[Contribution]:
+        query = (
+            sa.select(_contributions)
+            .where(
+                _contributions.c.task == task,
+                _contributions.c.manifest_version == manifest_version,
+                _contributions.c.collected_in == number,
+                _contributions.c.outcome == outcome,
+            )
+            .order_by(_contributions.c.seq, _contributions.c.device)
+        )
+        with self._reading():
+            return [_contribution(row) for row in self._connection.execute(query)]
 
 
-class BlobLost(LocalProtocolError):
-    """Bytes that were stored are gone or damaged."""
+def _from_1_to_2(connection: sa.Connection) -> None:
+    """What version 2 added; nothing of version 1 is changed.
 
-
-class Blobs:
-    """Content-addressed files below one directory."""
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._directory = directory
-        for left in directory.glob(".*.new"):
-            left.unlink()  # a crash came while it was written
-        # A disk syncs several files at once in little more than the time of one.
-        self._writers = ThreadPoolExecutor(_WRITERS, "blobs")
-
-    def put(self, data: bytes | bytearray | memoryview) -> bytes:
-        """Store bytes durably; returns their sha256. Storing them twice is storing them once."""
-        name = hashlib.sha256(data).digest()
-        self._keep(name, data)
-        return name
-
-    def put_all(self, pieces: Mapping[bytes, bytes]) -> None:
-        """Store several bytes durably, by the sha256 that the caller has found them to have."""
-        list(self._writers.map(self._keep, pieces, pieces.values()))
-
-    def get(self, name: bytes) -> bytes:
-        """The bytes of that sha256, else BlobLost."""
-        try:
-            data = self._path(name).read_bytes()
-        except OSError as error:
-            raise BlobLost(f"blob {name.hex()} cannot be read: {error.strerror}") from None
-        if hashlib.sha256(data).digest() != name:
-            raise BlobLost(f"blob {name.hex()} is damaged on disk")
-        return data
-
-    def delete(self, name: bytes) -> None:
-        """Forget bytes; those that are not there are forgotten already."""
-        self._path(name).unlink(missing_ok=True)
-
-    def names(self) -> list[bytes]:
-        """All that is stored."""
-        return [bytes.fromhex(path.name) for path in self._directory.iterdir() if len(path.name) == 64]
-
-    def _keep(self, name: bytes, data: bytes | bytearray | memoryview) -> None:
-        path = self._path(name)
-        # What lies there may be damaged; then this is what repairs it.
-        if not (path.exists() and path.read_bytes() == data):
-            write_durably(path, data)
-
-    def _path(self, name: bytes) -> Path:
-        return self._directory / name.hex()
+    In version 1 weights travelled whole, in messages that the next one replaced: of an older release nothing is
+    retained.
+    """
+    for change in (
+        "contributions ADD COLUMN reason VARCHAR DEFAULT '' NOT NULL",
+        "releases ADD COLUMN replaced_at BIGINT",
+        "releases ADD COLUMN withdrawn_at BIGINT",
+        "releases ADD COLUMN restores BIGINT",
+    ):
+        connection.execute(sa.text(f"ALTER TABLE {change}"))
+    _collected.create(connection)
+    _tasks.create(connection)
+    manifests = sa.select(_manifests.c.task, sa.literal("active"), sa.false()).distinct()
+    connection.execute(_tasks.insert().from_select(["task", "state", "restored"], manifests))
+    key = (_releases.c.task, _releases.c.manifest_version, _releases.c.number)
+    ordered = connection.execute(sa.select(*key, _releases.c.created).order_by(*key)).all()
+    for row, after in pairwise(ordered):
+        if row.task == after.task:
+            times = {"replaced_at": after.created, "withdrawn_at": after.created}
+            connection.execute(_releases.update().where(*_release(*row[:3])).values(times))
+    connection.execute(_schema.update().values(version=2))
 
 
 def _round(task: str, manifest_version: int, number: int) -> tuple[sa.ColumnElement[bool], ...]:
@@ -394,10 +464,23 @@ def _round(task: str, manifest_version: int, number: int) -> tuple[sa.ColumnElem
     )
 
 
+def _release(task: str, manifest_version: int, number: int) -> tuple[sa.ColumnElement[bool], ...]:
+    return (
+        _releases.c.task == task,
+        _releases.c.manifest_version == manifest_version,
+        _releases.c.number == number,
+    )
+
+
+def _values(row: Contribution) -> dict[str, object]:
+    return {name: getattr(row, name) for name in _contributions.c.keys()} | {"metrics": wire.pack(row.metrics)}  # noqa: SIM118
+
+
 def _contribution(row: sa.Row[tuple[object, ...]]) -> Contribution:
     values = dict(row._mapping)
     return Contribution(**{**values, "metrics": wire.unpack(values["metrics"], Metrics)})
 
 
-def _cause(error: SQLAlchemyError) -> str:
-    return str(getattr(error, "orig", None) or error).splitlines()[0]
+def _stored_release(row: sa.Row[tuple[object, ...]]) -> StoredRelease:
+    values = dict(row._mapping)
+    return StoredRelease(**{**values, "signed": wire.unpack(values["signed"], Signed)})

@@ -9,10 +9,13 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
-from aggregator.store import SCHEMA_VERSION, Blobs, Contribution, Store
+from aggregator import store as store_module
+from aggregator.ports import Contribution
+from aggregator.store import REMEMBERED, SCHEMA_VERSION, Store
 from shared import wire
-from shared.errors import ConfigError, LocalProtocolError
+from shared.errors import ConfigError, LocalProtocolError, StorageError
 from shared.messages import OfferState, ReleaseMessage, Signed
 from tests.records import Records
 
@@ -103,12 +106,14 @@ def test_not_a_database(tmp_path: Path, content: bytes, read_only: bool) -> None
     assert (tmp_path / "db").read_bytes() == content
 
 
-def test_a_database_of_somebody_else(tmp_path: Path) -> None:
-    """Read-only, a database without our tables is refused."""
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_database_of_somebody_else(tmp_path: Path, read_only: bool) -> None:
+    """A database without our tables is refused, and gets none."""
     with sqlite3.connect(tmp_path / "db") as database:
         database.execute("CREATE TABLE songs (name TEXT)")
     with pytest.raises(ConfigError, match="not a usable database"):
-        Store(tmp_path / "db", read_only=True)
+        Store(tmp_path / "db", read_only=read_only)
+    assert rows(tmp_path / "db") == {"songs": []}
 
 
 def test_no_database_to_read(tmp_path: Path) -> None:
@@ -131,8 +136,9 @@ def test_read_only(tmp_path: Path) -> None:
     writer = begun(tmp_path / "db")
     reader = Store(tmp_path / "db", read_only=True)
     assert reader.tasks() == writer.tasks()
-    with pytest.raises(LocalProtocolError), reader.transaction():
+    with pytest.raises(StorageError, match="readonly") as caught, reader.transaction():
         reader.contribute([row("a")])
+    assert not caught.value.passing
     with writer.transaction():
         writer.contribute([row("b")])
     assert [each.device for each in reader.contributions("points", 1, 1)] == ["b"]
@@ -293,7 +299,7 @@ def test_the_newest_of_a_task(tmp_path: Path) -> None:
     assert task.release == signed
     assert task.round is not None and (task.round.number, task.round.state) == (10, "open")
     assert store.model("points", 2)[2] == b"v" * 32
-    assert store.weights_in_use() == {b"w" * 32, b"v" * 32}
+    assert store.weights_in_use(2) == {b"w" * 32, b"v" * 32}
     store.close()
 
 
@@ -342,58 +348,237 @@ def test_signed_records_come_back_byte_for_byte(tmp_path: Path) -> None:
     again.close()
 
 
-# -- blobs -------------------------------------------------------------------------------------------------------
+# -- what version 2 brought ----------------------------------------------------------------------------------------
 
 
-def test_blob(tmp_path: Path) -> None:
-    """Bytes come back under their sha256; storing them again is storing them once."""
-    blobs = Blobs(tmp_path / "blobs")
-    name = blobs.put(b"weights")
-    assert name == sha256(b"weights").digest() == blobs.put(memoryview(bytearray(b"weights")))
-    assert blobs.get(name) == b"weights"
-    assert blobs.names() == [name]
-    assert blobs.get(blobs.put(b"")) == b""
-    assert Blobs(tmp_path / "blobs").get(name) == b"weights"
+def test_a_rejected_update_takes_the_place_of_its_device(tmp_path: Path) -> None:
+    """It is remembered with its reason, counts for nothing, and no other update of the device comes after it."""
+    store = begun(tmp_path / "db")
+    spoilt = row("a", 0, outcome="rejected", reason="norm", weight=0.0, examples=0, holdout=0, metrics={}, body=b"")
+    with store.transaction():
+        assert store.contribute([spoilt, row("b", 1)]) == {spoilt.head_digest, row("b", 1).head_digest}
+        assert store.contribute([row("a", 2)]) == set()
+    assert store.contributions("points", 1, 1) == [row("b", 1)]
+    assert store.recall("points", 1, 1, "a") == spoilt
+    (task,) = store.tasks()
+    assert (task.contributions, task.rejected) == ((row("b", 1),), (spoilt,))
+    store.close()
 
 
-def test_blob_deleted(tmp_path: Path) -> None:
-    """What is forgotten is gone; forgetting it again is nothing."""
-    blobs = Blobs(tmp_path / "blobs")
-    name = blobs.put(b"x")
-    blobs.delete(name)
-    blobs.delete(name)
-    assert blobs.names() == []
-    with pytest.raises(LocalProtocolError, match="cannot be read"):
-        blobs.get(name)
+def test_what_the_operator_wants(tmp_path: Path) -> None:
+    """It is durable and of one task; a new one is active, and a new manifest changes nothing about it."""
+    store = begun(tmp_path / "db")
+    assert (store.tasks()[0].state, store.tasks()[0].restored) == ("active", False)
+    with store.transaction():
+        store.set_task_state("points", "paused")
+        store.set_restored("points", True)
+        adopt(store, RECORDS.message(RECORDS.manifest(version=2)), 2)
+    store.close()
+    store = Store(tmp_path / "db")
+    assert (store.tasks()[0].state, store.tasks()[0].restored) == ("paused", True)
+    assert (store.task_state("points"), store.task_state("lines")) == ("paused", "active")
+    for name, state in (("lines", "paused"), ("points", "asleep")):
+        with pytest.raises(LocalProtocolError), store.transaction():
+            store.set_task_state(name, state)  # type: ignore[arg-type]
+    store.close()
 
 
-@pytest.mark.parametrize("content", [b"weightz", b"weight", b"weights!", b""])
-def test_blob_damaged(tmp_path: Path, content: bytes) -> None:
-    """Bytes that are not what their name says are never handed out."""
-    blobs = Blobs(tmp_path / "blobs")
-    name = blobs.put(b"weights")
-    (tmp_path / "blobs" / name.hex()).write_bytes(content)
-    with pytest.raises(LocalProtocolError, match="damaged"):
-        blobs.get(name)
+def test_a_round_ends_in_one_of_the_ways(tmp_path: Path) -> None:
+    """Any other word is our own mistake: nobody could continue from it."""
+    store = begun(tmp_path / "db")
+    for how in ("released", "rejected_by_gate", "superseded", "stopped", "finished"):
+        with store.transaction():
+            store.end_round("points", 1, 1, how, NOW)
+        assert (found := store.tasks()[0].round) is not None and found.state == how
+    for change in (
+        lambda: store.end_round("points", 1, 1, "open", NOW),
+        lambda: store.revise_round("points", 1, 1, "over", offer(), 0),
+    ):
+        with pytest.raises(LocalProtocolError), store.transaction():
+            change()
+    store.close()
 
 
-def test_blob_repaired(tmp_path: Path) -> None:
-    """Storing what lies there damaged makes it good."""
-    blobs = Blobs(tmp_path / "blobs")
-    name = blobs.put(b"weights")
-    (tmp_path / "blobs" / name.hex()).write_bytes(b"weightz")
-    blobs.put(b"weights")
-    assert blobs.get(name) == b"weights"
+def test_releases_are_replaced_and_withdrawn(tmp_path: Path) -> None:
+    """Each is replaced once, when the next one of its task came; until it is withdrawn it is one of the retained."""
+    store = begun(tmp_path / "db")
+    newer = RECORDS.message(RECORDS.manifest(version=2))
+    first, second = RECORDS.release(MESSAGE.manifest, 1), RECORDS.release(MESSAGE.manifest, 7, restores=b"r" * 32)
+    with store.transaction():
+        store.add_release("points", 1, 1, first, b"a" * 32, NOW + 10)
+        store.add_release("points", 1, 7, second, b"b" * 32, NOW + 20, restores=0)
+        store.adopt("points", 2, newer, GRAPHS)
+        store.add_release("points", 2, 0, newer.release, b"c" * 32, NOW + 30)
+        store.adopt("lines", 1, newer, GRAPHS)
+        store.add_release("lines", 1, 0, newer.release, b"d" * 32, NOW + 40)
+        store.mark_withdrawn("points", 1, 1, NOW + 50)
+    told = [(r.manifest_version, r.number, r.weights[:1], r.replaced_at, r.restores) for r in store.retained("points")]
+    begin = int(NOW)
+    assert told == [(2, 0, b"c", None, None), (1, 7, b"b", begin + 30, 0), (1, 0, b"w", begin + 10, None)]
+    gone = store.release("points", 1, 1)
+    assert gone is not None and (gone.signed, gone.replaced_at, gone.withdrawn_at) == (first, begin + 20, begin + 50)
+    assert store.release("points", 1, 2) is None
+    assert [each.replaced_at for each in store.retained("lines")] == [None]
+    store.close()
 
 
-def test_blob_half_written(tmp_path: Path) -> None:
-    """What a crash left beside the blobs is none of them, and the next try replaces it."""
-    blobs = Blobs(tmp_path / "blobs")
-    name = sha256(b"weights").digest()
-    (tmp_path / "blobs" / f".{name.hex()}.new").write_bytes(b"wei")
-    assert blobs.names() == []
-    with pytest.raises(LocalProtocolError):
-        blobs.get(name)
-    assert blobs.put(b"weights") == name
-    assert (blobs.names(), blobs.get(name)) == ([name], b"weights")
-    assert [path.name for path in (tmp_path / "blobs").iterdir()] == [name.hex()]
+def test_weights_for_going_back(tmp_path: Path) -> None:
+    """The newest of the newest manifest are kept, of each task; what fell out is named while it is fresh."""
+    store = begun(tmp_path / "db")
+    with store.transaction():
+        for number in range(1, 9):
+            store.add_release("points", 1, number, MESSAGE.release, bytes([number]) * 32, NOW)
+        store.adopt("lines", 1, MESSAGE, GRAPHS)
+        store.add_release("lines", 1, 0, MESSAGE.release, bytes([4]) * 32, NOW)
+    assert {name[0] for name in store.weights_in_use(3)} == {8, 7, 6, 4}
+    assert {name[0] for name in store.weights_spent("points", 3)} == {5, 3}  # 4 is in use by the other task
+    with store.transaction():
+        adopt(store, RECORDS.message(RECORDS.manifest(version=2)), 2)
+    assert {name[:1] for name in store.weights_in_use(3)} == {b"w", bytes([4])}
+    assert {name[0] for name in store.weights_spent("points", 3)} == {8, 7, 6, 5}
+    store.close()
+
+
+def test_rows_outlive_their_round_by_400_days(tmp_path: Path) -> None:
+    """Then they go, a portion at a time; what is younger, what is open and the newest number stay."""
+    store = begun(tmp_path / "db")
+    with store.transaction():
+        store.contribute([row(f"device-{number}", number) for number in range(7)])
+        store.end_round("points", 1, 1, "released", NOW)
+        for number, ended in ((2, NOW + 1), (3, NOW + 2), (4, None)):
+            store.open_round("points", 1, number, offer(number), NOW)
+            store.contribute([row("a", 1, origin_round=number, collected_in=number)])
+            if ended is not None:
+                store.end_round("points", 1, number, "released", ended)
+    with store.transaction():
+        assert store.prune(NOW + REMEMBERED) == 0
+        removed = [store.prune(NOW + 1.5 + REMEMBERED, most=4) for _ in range(4)]
+    assert removed == [4, 4, 2, 0]
+    assert store.recall("points", 1, 2, "a") is None
+    assert [store.recall("points", 1, number, "a") is not None for number in (3, 4)] == [True, True]
+    assert [number for _, _, number, *_ in rows(tmp_path / "db")["rounds"]] == [3, 4]
+    with store.transaction():
+        store.end_round("points", 1, 4, "released", NOW)
+        assert store.prune(NOW + 10 * REMEMBERED) == 3
+    assert (found := store.tasks()[0].round) is not None and found.number == 4
+    store.close()
+
+
+# -- migration -----------------------------------------------------------------------------------------------------
+
+FROZEN = Path(__file__).parents[1] / "vectors" / "schema-1.sql"
+
+
+def version_1(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    """A database as version 1 left it, and its rows."""
+    with sqlite3.connect(path) as database:
+        database.executescript(FROZEN.read_text())
+    return rows(path)
+
+
+def test_version_1_is_moved_over(tmp_path: Path) -> None:
+    """Every row is kept as it was, in a database that has the form of a new one; a copy of the old one lies beside."""
+    path = tmp_path / "db"
+    before = version_1(path)
+    store = Store(path)
+    tasks = store.tasks()
+    spent = store.weights_spent("points", 10)
+    assert [(t.name, t.manifest_version, t.state, t.restored) for t in tasks] == [
+        ("lines", 1, "active", False),
+        ("points", 2, "active", False),
+    ]
+    assert [(t.round and (t.round.number, t.round.state), len(t.contributions)) for t in tasks] == [
+        ((1, "closing"), 1),
+        ((2, "open"), 2),
+    ]
+    assert [(each.number, each.replaced_at) for each in store.retained("points")] == [(1, None)]
+    assert len(store.weights_in_use(10)) == 3 and len(spent) == 2
+    store.close()
+    after = rows(path)
+    assert after.pop("tasks") == [("lines", "active", 0), ("points", "active", 0)]
+    assert after["schema_version"] == [(2,)]
+    assert after["contributions"] == [(*each, "") for each in before["contributions"]]
+    times = {(task, version, number): replaced for task, version, number, *_, replaced, _, _ in after["releases"]}
+    begin = int(NOW)
+    assert times == {
+        ("lines", 1, 0): None,
+        ("points", 1, 0): begin + 60,
+        ("points", 1, 1): begin + 90,
+        ("points", 2, 0): begin + 150,
+        ("points", 2, 1): None,
+    }
+    assert [each[:6] for each in after["releases"]] == before["releases"]
+    assert all(each[6] == each[7] and each[8] is None for each in after["releases"])
+    assert (after["manifests"], after["rounds"]) == (before["manifests"], before["rounds"])
+    assert rows(tmp_path / "db.v1") == before
+    Store(tmp_path / "new").close()
+    assert form(path) == form(tmp_path / "new")
+    Store(path).close()
+    assert rows(path)["contributions"] == after["contributions"]
+
+
+def form(path: Path) -> dict[str, object]:
+    """Columns, keys and indexes of every table."""
+    with sqlite3.connect(path) as database:
+        names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type='table'")]
+        indexes = "SELECT name, sql FROM sqlite_master WHERE type='index' ORDER BY name"
+        columns = {name: sorted(each[1:] for each in database.execute(f"PRAGMA table_info({name})")) for name in names}
+        return columns | {"indexes": list(database.execute(indexes))}
+
+
+def test_killed_while_moving_over(tmp_path: Path) -> None:
+    """Whenever the process dies, the database is wholly of one of the versions, and the next start ends the way."""
+    before = version_1(tmp_path / "db")
+    for name in list(tmp_path.iterdir()):
+        (tmp_path / f"{name.name}.origin").write_bytes(name.read_bytes())
+    code = (
+        "import os, sqlalchemy as sa; from pathlib import Path; from aggregator.store import Store\n"
+        "left = [{step}]\n"
+        "@sa.event.listens_for(sa.Engine, 'before_cursor_execute')\n"
+        "@sa.event.listens_for(sa.Engine, 'commit')\n"
+        "def count(*_):\n"
+        "    left[0] -= 1\n"
+        "    if not left[0]: os._exit(9)\n"
+        "Store(Path({path!r}))\n"
+    )
+    top = Path(__file__).resolve().parents[2]
+    ended = [9]
+    while ended[-1] == 9:
+        for name in tmp_path.glob("db*"):
+            if not name.name.endswith(".origin"):
+                name.unlink()
+        (tmp_path / "db").write_bytes((tmp_path / "db.origin").read_bytes())
+        command = [sys.executable, "-c", code.format(step=len(ended), path=str(tmp_path / "db"))]
+        ended.append(subprocess.run(command, cwd=top, env=os.environ | {"PYTHONPATH": str(top)}).returncode)
+        now = rows(tmp_path / "db")
+        assert now == before if now["schema_version"] == [(1,)] else now["schema_version"] == [(2,)]
+        store = Store(tmp_path / "db")
+        assert len(store.tasks()) == 2
+        store.close()
+        if (tmp_path / "db.v1").exists():
+            assert rows(tmp_path / "db.v1") == before
+    assert ended[-1] == 0 and len(ended) > 10
+
+
+def test_version_1_is_not_moved_by_a_reader(tmp_path: Path) -> None:
+    """Whoever only looks says what brings it over, and leaves it as it is."""
+    before = version_1(tmp_path / "db")
+    with pytest.raises(ConfigError, match="has schema 1; `aggregator run` brings it to 2"):
+        Store(tmp_path / "db", read_only=True)
+    assert rows(tmp_path / "db") == before
+
+
+def test_one_sql_for_two_databases(tmp_path: Path) -> None:
+    """The tables and the INSERT that counts have words in PostgreSQL too."""
+    said: list[str] = []
+
+    def note(statement: sa.Executable, *_: object, **__: object) -> None:
+        said.append(str(statement.compile(dialect=engine.dialect)))  # type: ignore[attr-defined]
+
+    engine = sa.create_mock_engine("postgresql://", note)
+    store_module._meta.create_all(engine, checkfirst=False)
+    insert = store_module._INSERTS["postgresql"](store_module._contributions).values([store_module._values(row("a"))])
+    note(insert.on_conflict_do_nothing().returning(store_module._contributions.c.head_digest))
+    text = "\n".join(said)
+    assert text.count("CREATE TABLE") == 6 and "ON CONFLICT DO NOTHING RETURNING contributions.head_digest" in text
+    assert "BYTEA" in text and "BLOB" not in text

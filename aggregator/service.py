@@ -10,25 +10,23 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import assert_never
 
 from aggregator import coordinator as core
-from aggregator import ports, validate
+from aggregator import intake, ports, validate
 from aggregator.blobs import Blobs
 from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator, Effect, Task
-from aggregator.fold import Fold, Vector
+from aggregator.intake import DenyList, Intake
 from aggregator.ports import BlobLost, Contribution, StoredTask
 from aggregator.round import Round
 from aggregator.store import Store
-from shared import codec, identity, logs, sealing, signing, systemd, tensors, wire
+from shared import identity, logs, sealing, signing, systemd, tensors, wire
 from shared.driver import Driver, Mailbox, on_termination, read_clock
 from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, RemoteProtocolError
 from shared.events import Event
 from shared.files import write_durably
-from shared.layout import FLOATING, size
 from shared.logs import tell
 from shared.machine import Instant, Tick
 from shared.messages import (
@@ -36,15 +34,10 @@ from shared.messages import (
     BlobRef,
     DeviceStatus,
     Graphs,
-    Outcome,
-    PlainBody,
     Release,
     ReleaseMessage,
     RoundOffer,
     TaskManifest,
-    UpdateContext,
-    UpdateHead,
-    UpdateMessage,
 )
 from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will
 from shared.topics import RELEASE, Topics, shard_client, task_release, task_round
@@ -81,7 +74,6 @@ class Service:
         self._lock = _alone(state / "lock")
         self._store: ports.Store = Store(config.database)
         self._blobs: ports.Blobs = Blobs(state / "blobs")
-        self._ca = identity.load_certificates(config.device_ca)
         self._topics = Topics(config.broker.prefix)
         private = identity.load_signing_key(Path(config.trust.signing_key))
         trust = Trust(identity.load_root(Path(config.trust.root)))
@@ -91,10 +83,16 @@ class Service:
             sealing.generate,
             signing.public_bytes(private),
         )
-        self._folds: dict[tuple[str, int, int], Fold] = {}
-        self._opened: dict[bytes, Vector] = {}
-        self._recorded: set[bytes] = set()
-        self._deny = _DenyList(Path(config.trust.deny) if config.trust.deny else None)
+        self._deny = DenyList(Path(config.trust.deny) if config.trust.deny else None)
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._intake = Intake(
+            self._store,
+            self._blobs,
+            identity.load_certificates(config.device_ca),
+            self._deny,
+            self._key_file,
+            self._counts,
+        )
         known = self._store.tasks()
         for stored in known:
             task = _restore(stored, now)
@@ -103,7 +101,6 @@ class Service:
                 task.keyless = not self._key_file(stored.name, stored.manifest_version, current.number).exists()
             self._coordinator.tasks[stored.name] = task
         self._sweep(known)
-        self._counts: collections.Counter[str] = collections.Counter()
         self._refused: collections.Counter[str] = collections.Counter()
         self._started, self._greeted = now, False
         self._session, self._link_cause = os.urandom(8), ""
@@ -209,21 +206,7 @@ class Service:
             if not message.payload or self._deny.has(device):
                 return core.StatusReceived(device, None)
             return core.StatusReceived(device, wire.unpack(message.payload, DeviceStatus, 65_536))
-        return self._decode_head(message, limit)
-
-    def _decode_head(self, message: Message, limit: int) -> core.HeadReceived:
-        upload = self._topics.parse_upload(message.topic)
-        update = wire.unpack(message.payload, UpdateMessage, limit)
-        digest = sha256(update.head).digest()
-        head = wire.unpack(update.head, UpdateHead)
-        context = wire.unpack(head.context, UpdateContext)
-        if context.device != upload.device:
-            raise RemoteProtocolError(Reason.WRONG_DEVICE, f"{context.device} on the topic of {upload.device}")
-        if digest.hex()[:32] != upload.update:
-            raise RemoteProtocolError(Reason.WRONG_DIGEST, f"another head than {upload.update}")
-        if update.body is None:
-            raise RemoteProtocolError(Reason.MISSING_PART, f"{context.device} sent a head without its body")
-        return core.HeadReceived(digest, head, context, update.head, update.sig, update.body)
+        return intake.decode(self._topics, message, limit)
 
     # -- the shell's side --------------------------------------------------------------------------------------
 
@@ -236,7 +219,7 @@ class Service:
     def settle(self, event: ServiceEvent | Tick) -> None:
         """Acknowledge what came from the broker."""
         # Numbers that no contribution took. Not sooner: one head may come twice in a batch, with a bad body and a good.
-        self._opened.clear()
+        self._intake.opened.clear()
         if isinstance(event, Message):
             self._link.acknowledge(event)
 
@@ -269,7 +252,7 @@ class Service:
                             effect.extensions,
                         )
                     case core.Contribute():
-                        rows.append(_row(effect, now))
+                        rows.append(intake.row(effect, now))
                     case core.StoreRelease(release=release):
                         self._store.add_release(
                             release.task,
@@ -286,7 +269,7 @@ class Service:
                         self._store.end_round(effect.task, effect.manifest_version, effect.number, effect.how, now)
                     case _:
                         assert_never(effect)
-            self._recorded = self._store.contribute(rows)
+            self._intake.recorded = self._store.contribute(rows)
 
     def perform(self, effect: Effect) -> Iterable[core.Event]:
         """Carry one effect out."""
@@ -319,14 +302,14 @@ class Service:
             case core.PublishOffer():
                 self._send(task_round(effect.task), wire.pack(effect.signed), retain=True)
             case core.Open():
-                yield self._open(effect)
+                yield self._intake.open(effect)
             case core.Contribute():
-                self._contribute(effect)
+                self._intake.contribute(effect)
             case core.Refuse(received=received):
                 self._refused[effect.reason.value] += 1
                 tell(
                     Event.UPDATE_REJECTED,
-                    **_where(received.context),
+                    **intake.where(received.context),
                     outcome=effect.outcome.value,
                     reason=effect.reason.value,
                     detail=effect.detail,
@@ -334,7 +317,7 @@ class Service:
             case core.Reply():
                 self._send(self._topics.command(effect.device, "receipt"), wire.pack(effect.receipt))
             case core.Recall(received=received):
-                yield self._recall(effect)
+                yield self._intake.recall(effect)
             case core.Reduce():
                 yield self._reduce(effect)
             case core.StoreRelease(release=release):
@@ -392,7 +375,7 @@ class Service:
         spoilt = core.RoundSpoilt(manifest.task, manifest.version, effect.number)
         rows = self._store.contributions(manifest.task, manifest.version, effect.number)
         try:
-            fold = self._fold(manifest, effect.number, rows)
+            fold = self._intake.fold(manifest, effect.number, rows)
         except (BlobLost, RemoteProtocolError) as error:
             # What was collected is damaged on disk: the round is lost, the task goes on.
             self._tell_spoilt(spoilt, Reason.WRONG_DIGEST, str(error))
@@ -418,89 +401,10 @@ class Service:
         tell(Event.MESSAGE_REFUSED, task=spoilt.task, round=spoilt.number, reason=reason.value, detail=detail)
 
     def _erase_round(self, task: str, version: int, number: int) -> None:
-        self._folds.pop((task, version, number), None)
+        self._intake.folds.pop((task, version, number), None)
         self._key_file(task, version, number).unlink(missing_ok=True)
         for row in self._store.contributions(task, version, number):
             self._blobs.delete(row.body)
-
-    # -- updates --
-
-    def _open(self, effect: core.Open) -> core.UpdateOpened | core.UpdateSpoilt:
-        """Everything that an update must be before it may count, cheapest first."""
-        received, manifest = effect.received, effect.manifest
-        head, context = received.head, received.context
-        try:
-            if self._deny.has(context.device):
-                raise RemoteProtocolError(Reason.DENIED, f"{context.device} is on the deny list")
-            device = identity.verify_device(head.certificate, self._ca, effect.opened)
-            if device.name != context.device:
-                raise RemoteProtocolError(Reason.WRONG_DEVICE, f"the certificate is of {device.name}")
-            identity.verify_head(device.public_key, received.signed, received.signature)
-            sizes = _sizes(manifest)
-            if (context.codec, context.dimension) != (manifest.codec, sum(sizes)):
-                raise RemoteProtocolError(Reason.WRONG_DIMENSION, f"{context.dimension}, the task has {sum(sizes)}")
-            most = sealing.sealed_size(sealing.HEADER_MAX, codec.size_max(context.codec, sizes))
-            if len(received.body) > most:
-                raise RemoteProtocolError(Reason.TOO_LARGE, f"a body of {len(received.body)} bytes, at most {most}")
-            if len(received.body) != head.size or sha256(received.body).digest() != head.sha256:
-                raise RemoteProtocolError(Reason.WRONG_DIGEST, "the body is not the one that the head was signed for")
-            body, data = self._unseal(manifest.version, head, context, received.body)
-            validate.report(body, manifest.metric)
-            self._opened[received.digest] = validate.delta(context.codec, data, sizes, effect.clip)
-        except RemoteProtocolError as error:
-            return core.UpdateSpoilt(received, error)
-        return core.UpdateOpened(received, body)
-
-    def _unseal(
-        self, version: int, head: UpdateHead, context: UpdateContext, body: bytes
-    ) -> tuple[PlainBody, memoryview]:
-        private = self._key_file(context.task, version, context.round).read_bytes()
-        return sealing.open_sealed(private, head.encapsulation, body, head.context)
-
-    def _contribute(self, effect: core.Contribute) -> None:
-        received = effect.received
-        context = received.context
-        delta = self._opened.pop(received.digest)
-        if received.digest not in self._recorded:
-            raise LocalProtocolError(f"{context.device} is in the store for round {context.round} already")
-        key = (context.task, effect.manifest_version, context.round)
-        fold = self._folds.setdefault(key, Fold(len(delta)))
-        fold.add(received.digest, delta, effect.weight)
-        self._count("updates_accepted")
-        self._counts["update_bytes"] += len(received.body)
-        tell(
-            Event.UPDATE_ACCEPTED,
-            **_where(context),
-            examples=effect.body.examples,
-            bytes=len(received.body),
-            updates=f"{effect.updates}/{effect.goal}",
-        )
-
-    def _recall(self, effect: core.Recall) -> core.HeadRecalled:
-        received = effect.received
-        context = received.context
-        row = self._store.recall(context.task, effect.manifest_version, context.round, context.device)
-        if row is None:
-            return core.HeadRecalled(received, None)
-        same = row.head_digest == received.digest
-        return core.HeadRecalled(received, Outcome(row.outcome) if same else Outcome.DUPLICATE)
-
-    def _fold(self, manifest: TaskManifest, number: int, rows: Sequence[Contribution]) -> Fold:
-        """The round's fold; made again from rows and blobs where memory does not hold exactly what the rows say."""
-        key = (manifest.task, manifest.version, number)
-        fold = self._folds.get(key)
-        if fold is not None and fold.heads == [row.head_digest for row in rows]:
-            return fold
-        sizes = _sizes(manifest)
-        fold = Fold(sum(sizes))
-        for row in rows:
-            head = wire.unpack(row.head, UpdateHead)
-            context = wire.unpack(head.context, UpdateContext)
-            _, data = self._unseal(manifest.version, head, context, self._blobs.get(row.body))
-            fold.add(row.head_digest, codec.decode(context.codec, data, sizes), row.weight)
-        self._folds[key] = fold
-        tell(Event.FOLD_REBUILT, task=manifest.task, round=number, updates=len(rows))
-        return fold
 
     # -- small things --
 
@@ -574,29 +478,6 @@ _DURABLE = (
 )
 
 
-class _DenyList:
-    """Names of denied devices, read again when the file changes."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path, self._seen = path, (0, 0)
-        self._names: frozenset[str] = frozenset()
-
-    def has(self, device: str) -> bool:
-        if self._path is None:
-            return False
-        try:
-            stat = self._path.stat()
-            if (stat.st_mtime_ns, stat.st_size) != self._seen:
-                self._names = frozenset(self._path.read_text(encoding="utf-8").split())
-                self._seen = (stat.st_mtime_ns, stat.st_size)
-        except FileNotFoundError:
-            return False
-        except (OSError, UnicodeDecodeError) as error:
-            # Nobody may count whom it might deny, so this ends the daemon and not just one update.
-            raise ConfigError(str(self._path), "trust.deny", f"cannot be read: {error}") from None
-        return device in self._names
-
-
 def run(config: AggregatorConfig) -> None:
     """`aggregator run`: until SIGTERM or SIGINT."""
     logs.configure(config.log.level, config.log.format, environ=os.environ, identifier="aggregator")
@@ -636,27 +517,6 @@ def _restore(stored: StoredTask, now: Instant) -> Task:
     return task
 
 
-def _row(effect: core.Contribute, now: float) -> Contribution:
-    received = effect.received
-    context = received.context
-    return Contribution(
-        task=context.task,
-        manifest_version=effect.manifest_version,
-        origin_round=context.round,
-        device=context.device,
-        collected_in=context.round,
-        head_digest=received.digest,
-        seq=effect.sequence,
-        weight=effect.weight,
-        examples=effect.body.examples,
-        holdout=effect.body.holdout,
-        metrics=effect.body.metrics,
-        head=received.signed,
-        body=received.head.sha256,
-        at=now,
-    )
-
-
 def _summary(task: Task) -> dict[str, object]:
     current = task.round if task.round is not None else task.closing
     plan = task.manifest.plan
@@ -672,14 +532,6 @@ def _summary(task: Task) -> dict[str, object]:
         "eligible": len(task.live),
         "metrics": task.release.metrics,
     }
-
-
-def _where(context: UpdateContext) -> dict[str, object]:
-    return {"task": context.task, "round": context.round, "device": context.device}
-
-
-def _sizes(manifest: TaskManifest) -> list[int]:
-    return [size(spec) for spec in manifest.layout if spec.dtype in FLOATING]
 
 
 def _alone(path: Path) -> object:

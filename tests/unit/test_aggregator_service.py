@@ -112,7 +112,7 @@ def test_one_head_with_several_bodies(bench: Bench, order: str) -> None:
     }
     bench.batch(*(bench.sent(each) for each in orders[order]))
     assert bench.updates == 1
-    assert not bench.service._opened
+    assert not bench.service._intake.opened
 
 
 @pytest.mark.parametrize("spoilt", ["not text", "a folder"])
@@ -182,7 +182,7 @@ def test_a_spoilt_update_does_not_count(bench: Bench, case: str) -> None:
     make, reason = SPOILT[case]
     bench.batch(bench.sent(make(bench)))
     assert bench.service._refused == {reason.value: 1}
-    assert (bench.updates, bench.service._opened) == (0, {})
+    assert (bench.updates, bench.service._intake.opened) == (0, {})
     bench.batch(bench.sent(records.update(bench.device, bench.offer)))
     assert bench.updates == 1
 
@@ -241,7 +241,7 @@ def test_a_round_whose_updates_are_damaged_on_disk_is_given_up(bench: Bench) -> 
     """After a restart the fold is made from the disk; what is damaged there costs its round, not the task."""
     bench.adopt(2, plan=Plan(goal=2, min_updates=1, rounds=5, deadline=60))
     bench.batch(bench.sent(records.update(bench.device, bench.offer)))
-    bench.service._folds.clear()
+    bench.service._intake.folds.clear()
     state = Path(bench.service._config.state.directory)
     body = records.update(bench.device, bench.offer).body
     assert body is not None

@@ -46,6 +46,7 @@ SHELL = {
     "aggregator.cli",
     "aggregator.config",
     "aggregator.export",
+    "aggregator.intake",
     "aggregator.model",
     "aggregator.ports",
     "aggregator.publish",

@@ -1,0 +1,198 @@
+"""The shell's part for updates: read them, verify and open them, keep the opened numbers, fold and rebuild the fold.
+
+An update's numbers stay here, under the digest of its head, from `open` to `contribute`; the coordinator never sees
+them. What counts is decided there and made durable by the service, never here.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from cryptography import x509
+
+from aggregator import coordinator as core
+from aggregator import validate
+from aggregator.fold import Fold, Vector
+from aggregator.ports import Blobs, Contribution, Store
+from shared import codec, identity, sealing, wire
+from shared.errors import ConfigError, LocalProtocolError, Reason, RemoteProtocolError
+from shared.events import Event
+from shared.layout import FLOATING, size
+from shared.logs import tell
+from shared.messages import Outcome, PlainBody, TaskManifest, UpdateContext, UpdateHead, UpdateMessage
+from shared.mqtt import Message
+from shared.topics import Topics
+
+
+def decode(topics: Topics, message: Message, limit: int) -> core.HeadReceived:
+    """The head that an update's message carries; RemoteProtocolError if it is none, or on another's topic."""
+    upload = topics.parse_upload(message.topic)
+    update = wire.unpack(message.payload, UpdateMessage, limit)
+    digest = sha256(update.head).digest()
+    head = wire.unpack(update.head, UpdateHead)
+    context = wire.unpack(head.context, UpdateContext)
+    if context.device != upload.device:
+        raise RemoteProtocolError(Reason.WRONG_DEVICE, f"{context.device} on the topic of {upload.device}")
+    if digest.hex()[:32] != upload.update:
+        raise RemoteProtocolError(Reason.WRONG_DIGEST, f"another head than {upload.update}")
+    if update.body is None:
+        raise RemoteProtocolError(Reason.MISSING_PART, f"{context.device} sent a head without its body")
+    return core.HeadReceived(digest, head, context, update.head, update.sig, update.body)
+
+
+class Intake:
+    """What the owner thread holds of updates between the link and the store."""
+
+    def __init__(
+        self,
+        store: Store,
+        blobs: Blobs,
+        ca: Sequence[x509.Certificate],
+        deny: "DenyList",
+        key_file: Callable[[str, int, int], Path],
+        counts: Counter[str],
+    ) -> None:
+        """`key_file` names the private key of (task, manifest version, round); `counts` are the daemon's."""
+        self._store, self._blobs, self._ca, self._deny = store, blobs, ca, deny
+        self._key_file, self._counts = key_file, counts
+        self.folds: dict[tuple[str, int, int], Fold] = {}
+        self.opened: dict[bytes, Vector] = {}
+        """The numbers of opened updates that no contribution has taken, by the digest of their head."""
+        self.recorded: set[bytes] = set()
+        """Heads whose rows the newest commit wrote."""
+
+    def open(self, effect: core.Open) -> core.UpdateOpened | core.UpdateSpoilt:
+        """Everything that an update must be before it may count, cheapest first."""
+        received, manifest = effect.received, effect.manifest
+        head, context = received.head, received.context
+        try:
+            if self._deny.has(context.device):
+                raise RemoteProtocolError(Reason.DENIED, f"{context.device} is on the deny list")
+            device = identity.verify_device(head.certificate, self._ca, effect.opened)
+            if device.name != context.device:
+                raise RemoteProtocolError(Reason.WRONG_DEVICE, f"the certificate is of {device.name}")
+            identity.verify_head(device.public_key, received.signed, received.signature)
+            sizes = sizes_of(manifest)
+            if (context.codec, context.dimension) != (manifest.codec, sum(sizes)):
+                raise RemoteProtocolError(Reason.WRONG_DIMENSION, f"{context.dimension}, the task has {sum(sizes)}")
+            most = sealing.sealed_size(sealing.HEADER_MAX, codec.size_max(context.codec, sizes))
+            if len(received.body) > most:
+                raise RemoteProtocolError(Reason.TOO_LARGE, f"a body of {len(received.body)} bytes, at most {most}")
+            if len(received.body) != head.size or sha256(received.body).digest() != head.sha256:
+                raise RemoteProtocolError(Reason.WRONG_DIGEST, "the body is not the one that the head was signed for")
+            body, data = self._unseal(manifest.version, head, context, received.body)
+            validate.report(body, manifest.metric)
+            self.opened[received.digest] = validate.delta(context.codec, data, sizes, effect.clip)
+        except RemoteProtocolError as error:
+            return core.UpdateSpoilt(received, error)
+        return core.UpdateOpened(received, body)
+
+    def _unseal(
+        self, version: int, head: UpdateHead, context: UpdateContext, body: bytes
+    ) -> tuple[PlainBody, memoryview]:
+        private = self._key_file(context.task, version, context.round).read_bytes()
+        return sealing.open_sealed(private, head.encapsulation, body, head.context)
+
+    def contribute(self, effect: core.Contribute) -> None:
+        """Add an update, which its row has made durable, to the fold of its round."""
+        received = effect.received
+        context = received.context
+        delta = self.opened.pop(received.digest)
+        if received.digest not in self.recorded:
+            raise LocalProtocolError(f"{context.device} is in the store for round {context.round} already")
+        key = (context.task, effect.manifest_version, context.round)
+        fold = self.folds.setdefault(key, Fold(len(delta)))
+        fold.add(received.digest, delta, effect.weight)
+        self._counts["updates_accepted"] += 1
+        self._counts["update_bytes"] += len(received.body)
+        tell(
+            Event.UPDATE_ACCEPTED,
+            **where(context),
+            examples=effect.body.examples,
+            bytes=len(received.body),
+            updates=f"{effect.updates}/{effect.goal}",
+        )
+
+    def recall(self, effect: core.Recall) -> core.HeadRecalled:
+        """What the store says of a head of an earlier round."""
+        received = effect.received
+        context = received.context
+        row = self._store.recall(context.task, effect.manifest_version, context.round, context.device)
+        if row is None:
+            return core.HeadRecalled(received, None)
+        same = row.head_digest == received.digest
+        return core.HeadRecalled(received, Outcome(row.outcome) if same else Outcome.DUPLICATE)
+
+    def fold(self, manifest: TaskManifest, number: int, rows: Sequence[Contribution]) -> Fold:
+        """The round's fold; made again from rows and blobs where memory does not hold exactly what the rows say."""
+        key = (manifest.task, manifest.version, number)
+        fold = self.folds.get(key)
+        if fold is not None and fold.heads == [row.head_digest for row in rows]:
+            return fold
+        sizes = sizes_of(manifest)
+        fold = Fold(sum(sizes))
+        for row in rows:
+            head = wire.unpack(row.head, UpdateHead)
+            context = wire.unpack(head.context, UpdateContext)
+            _, data = self._unseal(manifest.version, head, context, self._blobs.get(row.body))
+            fold.add(row.head_digest, codec.decode(context.codec, data, sizes), row.weight)
+        self.folds[key] = fold
+        tell(Event.FOLD_REBUILT, task=manifest.task, round=number, updates=len(rows))
+        return fold
+
+
+class DenyList:
+    """Names of denied devices, read again when the file changes."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._seen = path, (0, 0)
+        self._names: frozenset[str] = frozenset()
+
+    def has(self, device: str) -> bool:
+        """Whether a device is denied; ConfigError if the list cannot be read."""
+        if self._path is None:
+            return False
+        try:
+            stat = self._path.stat()
+            if (stat.st_mtime_ns, stat.st_size) != self._seen:
+                self._names = frozenset(self._path.read_text(encoding="utf-8").split())
+                self._seen = (stat.st_mtime_ns, stat.st_size)
+        except FileNotFoundError:
+            return False
+        except (OSError, UnicodeDecodeError) as error:
+            # Nobody may count whom it might deny, so this ends the daemon and not just one update.
+            raise ConfigError(str(self._path), "trust.deny", f"cannot be read: {error}") from None
+        return device in self._names
+
+
+def sizes_of(manifest: TaskManifest) -> list[int]:
+    """Elements of each tensor that a delta has, in flat order."""
+    return [size(spec) for spec in manifest.layout if spec.dtype in FLOATING]
+
+
+def where(context: UpdateContext) -> dict[str, object]:
+    """The fields of a line about an update."""
+    return {"task": context.task, "round": context.round, "device": context.device}
+
+
+def row(effect: core.Contribute, now: float) -> Contribution:
+    """The row that makes an update count."""
+    received = effect.received
+    context = received.context
+    return Contribution(
+        task=context.task,
+        manifest_version=effect.manifest_version,
+        origin_round=context.round,
+        device=context.device,
+        collected_in=context.round,
+        head_digest=received.digest,
+        seq=effect.sequence,
+        weight=effect.weight,
+        examples=effect.body.examples,
+        holdout=effect.body.holdout,
+        metrics=effect.body.metrics,
+        head=received.signed,
+        body=received.head.sha256,
+        at=now,
+    )

@@ -18,6 +18,7 @@ from aggregator import intake, ports, validate
 from aggregator.blobs import Blobs
 from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator, Effect, Task
+from aggregator.distribution import Distribution
 from aggregator.intake import DenyList, Intake
 from aggregator.ports import BlobLost, Contribution, StoredTask
 from aggregator.round import Round
@@ -33,14 +34,13 @@ from shared.messages import (
     AggregatorStatus,
     BlobRef,
     DeviceStatus,
-    Graphs,
     Release,
     ReleaseMessage,
     RoundOffer,
     TaskManifest,
 )
 from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will
-from shared.topics import RELEASE, Topics, shard_client, task_release, task_round
+from shared.topics import RELEASE, Topics, shard_client, task_round
 from shared.trust import Trust
 from shared.version import VERSION
 
@@ -121,6 +121,7 @@ class Service:
             self.mailbox,
             Will(self._topics.aggregator_status(SHARD), self._presence(online=False)),
         )
+        self._distribution = Distribution(self._store, self._blobs, self._send)
         self._driver: Driver[ServiceEvent, Effect] = Driver(self.mailbox, self, self)
         self._shown: dict[str, object] = {}
         self._manager = systemd.ServiceManager(os.environ)
@@ -236,7 +237,7 @@ class Service:
             for effect in durable:
                 match effect:
                     case core.AdoptRelease():
-                        self._adopt(effect, now)
+                        self._distribution.adopt(effect, now)
                     case core.OpenRound(offer=offer):
                         write_durably(
                             self._key_file(offer.task, effect.manifest_version, offer.round), effect.private_key
@@ -278,7 +279,7 @@ class Service:
                 self._count("releases_adopted")
                 tell(Event.TASK_ADOPTED, task=manifest.task, version=manifest.version, release=0)
             case core.PublishRelease():
-                self._publish_release(effect)
+                self._distribution.publish(self._coordinator.tasks[effect.task], announce=effect.announce)
             case core.OpenRound(offer=offer):
                 tell(
                     Event.ROUND_OPENED,
@@ -345,31 +346,6 @@ class Service:
 
     # -- releases and rounds --
 
-    def _adopt(self, effect: core.AdoptRelease, now: float) -> None:
-        message, manifest, release = effect.message, effect.manifest, effect.release
-        if message.graphs is None or message.weights is None:
-            raise LocalProtocolError("a release was adopted without its parts")
-        graphs = (self._blobs.put(message.graphs.train), self._blobs.put(message.graphs.eval))
-        weights = self._blobs.put(message.weights)
-        self._store.adopt(manifest.task, manifest.version, message, graphs)
-        self._store.add_release(manifest.task, manifest.version, release.number, message.release, weights, now)
-
-    def _publish_release(self, effect: core.PublishRelease) -> None:
-        task = self._coordinator.tasks[effect.task]
-        train, evaluate, weights = self._store.model(effect.task, task.manifest.version)
-        announcement = ReleaseMessage(v=1, manifest=task.manifest_signed, release=task.release_signed)
-        whole = ReleaseMessage(
-            v=1,
-            manifest=task.manifest_signed,
-            release=task.release_signed,
-            graphs=Graphs(train=self._blobs.get(train), eval=self._blobs.get(evaluate)),
-            weights=self._blobs.get(weights),
-        )
-        size = self._send(task_release(effect.task), wire.pack(whole), retain=True)
-        if effect.announce:
-            self._send(RELEASE, wire.pack(announcement))
-        tell(Event.RELEASE_PUBLISHED, task=effect.task, release=effect.number, bytes=size)
-
     def _reduce(self, effect: core.Reduce) -> core.RoundReduced | core.RoundSpoilt:
         manifest, release = effect.manifest, effect.release
         spoilt = core.RoundSpoilt(manifest.task, manifest.version, effect.number)
@@ -408,7 +384,7 @@ class Service:
 
     # -- small things --
 
-    def _send(self, topic: str, payload: bytes, *, retain: bool = False) -> int:
+    def _send(self, topic: str, payload: bytes, retain: bool = False) -> int:
         try:
             self._link.publish(topic, payload, retain=retain)
         except LinkError as error:

@@ -45,6 +45,7 @@ SHELL = {
     "aggregator.ca",
     "aggregator.cli",
     "aggregator.config",
+    "aggregator.distribution",
     "aggregator.export",
     "aggregator.intake",
     "aggregator.model",

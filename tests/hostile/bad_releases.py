@@ -130,7 +130,7 @@ BAD: dict[str, tuple[Callable[[Keys], ReleaseMessage | bytes], str]] = {
         }.items()
     },
     "no_graphs": (lambda k: structs.replace(good(k), graphs=None), "missing_part"),
-    "no_weights": (lambda k: structs.replace(good(k), weights=None), "missing_part"),
+    "no_weights": (lambda k: structs.replace(good(k), v=2, weights=None), "missing_part"),
     "records_alone": (lambda k: structs.replace(good(k), graphs=None, weights=None), "missing_part"),
     "trailing_byte": (lambda k: wire.pack(good(k)) + b"\0", "not_msgpack"),
     "unknown_field": (lambda k: edited(wire.pack(good(k)), extra=1), "wrong_type"),

@@ -268,7 +268,7 @@ class Update:
     @property
     def payload(self) -> bytes:
         """The message."""
-        return wire.pack(UpdateMessage(v=1, head=self.head, sig=self.signature, body=self.body))
+        return wire.pack(UpdateMessage(1 if self.body is not None else 2, self.head, self.signature, self.body))
 
 
 def values(count: int = DIMENSION, value: float = 0.01) -> bytes:
@@ -383,7 +383,7 @@ JUNK: Mapping[str, tuple[bytes, str]] = {
     "lying_list": (b"\x81\xa1v\xdd\xff\xff\xff\xff", "not_msgpack"),
     "lying_map": (b"\xdf\xff\xff\xff\xff", "not_msgpack"),
     "no_text": (b"\x81\xa1\xff\x01", "not_msgpack"),
-    "next_version": (b"\x81\xa1v\x02", "version"),
+    "next_version": (b"\x81\xa1v\x03", "version"),
     "no_fields": (b"\x81\xa1v\x01", "wrong_type"),
 }
 """Bytes that are no message of any kind, and the reason with which each parser refuses them."""

@@ -349,7 +349,9 @@ def test_junk(site: Site, junk: str) -> None:
     "topic",
     [
         f"fl/up/0/junk/{ZERO}",
-        f"fl/up/0/junk/{ZERO}/0",
+        f"fl/up/0/junk/{ZERO}/00",
+        f"fl/up/0/junk/{ZERO}/-1",
+        f"fl/up/0/junk/{ZERO}/{2**32}",
         f"fl/up/0/junk/{ZERO}/head/more",
         f"fl/up/0/junk/{'G' * 32}/head",
         "fl/up/0/junk/../head",
@@ -484,7 +486,7 @@ STATUS: Mapping[str, tuple[Callable[[DeviceStatus], bytes], str]] = {
     "too_many_datasets": (lambda s: edited(wire.pack(s), datasets=["d"] * 257), "wrong_type"),
     "short_session": (lambda s: edited(wire.pack(s), session=b"1"), "wrong_type"),
     "sent_before_time": (lambda s: edited(wire.pack(s), sent=-1), "wrong_type"),
-    "next_version": (lambda s: edited(wire.pack(s), v=2), "version"),
+    "next_version": (lambda s: edited(wire.pack(s), v=3), "version"),
     "trailing_byte": (lambda s: wire.pack(s) + b"\0", "not_msgpack"),
     "too_long": (lambda s: edited(wire.pack(s), version="x" * 70_000), "too_large"),
 }

@@ -53,6 +53,22 @@ class Limits(Section, frozen=True):
     """Bytes, likewise; a single larger message passes alone."""
     keep_releases: Annotated[int, Meta(ge=2, le=10_000)] = 10
     """Newest releases of a task whose weights stay on disk, so that the task can be rolled back to them."""
+    updates: Annotated[int, Meta(ge=1, le=100_000)] = 64
+    """Updates that are collected from chunks at a time; more wait their turn."""
+    update_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40)] = 512 << 20
+    """Bytes that these may have together: what the aggregator may need of memory for them, twice."""
+    device_updates: Annotated[int, Meta(ge=1, le=1_000)] = 2
+    """Of one device; it may take part in several tasks."""
+    device_update_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40)] = 256 << 20
+    """Bytes, likewise: no larger update is taken."""
+    waiting_updates: Annotated[int, Meta(ge=0, le=1_000_000)] = 1024
+    """Updates that wait their turn, a few KiB each; who finds no place sends again later."""
+    asked_chunks: Annotated[int, Meta(ge=1, le=1_000_000)] = 512
+    """Chunks that are asked for at a time, of all updates together; the broker may have to hold them all."""
+    chunk_timeout: Annotated[int, Meta(ge=1, le=86_400)] = 60
+    """Seconds of silence after which chunks are asked for again; after half of it others may have the place."""
+    update_timeout: Annotated[int, Meta(ge=1, le=864_000)] = 600
+    """Seconds of silence after which an update is given up; its device sends it again."""
 
 
 class AggregatorConfig(Section, frozen=True):

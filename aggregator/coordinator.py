@@ -7,13 +7,14 @@ socket, a disk or a clock, and it never sees an update's numbers: those pass fro
     task: waiting (for min_updates live devices) -> collecting -> reducing -> waiting ... -> finished
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from aggregator.round import Round
+from aggregator.reassembler import Bounds, Reassembler, Step
+from aggregator.round import Round, Verdict
 from shared import events, signing, tensors
 from shared.errors import LocalProtocolError, Reason, RemoteProtocolError
 from shared.machine import Instant, Tick
@@ -22,6 +23,7 @@ from shared.messages import (
     BlobRef,
     DeviceStatus,
     Metrics,
+    Missing,
     OfferState,
     Outcome,
     PlainBody,
@@ -36,6 +38,7 @@ from shared.messages import (
     UpdateHead,
 )
 from shared.selection import draw, threshold
+from shared.topics import update_name
 from shared.trust import Position, Trust, advance, model, parts
 
 STATUS_AGE_MAX = 13 * 3600
@@ -76,8 +79,38 @@ class HeadReceived:
     signed: bytes
     """The head's bytes, which `signature` covers and `digest` names."""
     signature: bytes
-    body: bytes
-    """Its ciphertext."""
+    body: bytes | memoryview | None
+    """Its ciphertext; None as long as its chunks are to be asked for."""
+
+    @property
+    def name(self) -> str:
+        """What the topics of its chunks call it."""
+        return update_name(self.digest)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadAdmitted:
+    """A head is its device's, certified, signed and of the task's size: its body is worth having."""
+
+    received: HeadReceived
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpoilt:
+    """A head did not hold, or its body is not the one that was signed for: nothing is on record."""
+
+    received: HeadReceived
+    error: RemoteProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkReceived:
+    """A piece of a body, on the topic of its device; `update` is what the topic calls it."""
+
+    device: str
+    update: str
+    index: int
+    payload: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +123,7 @@ class UpdateOpened:
 
 @dataclass(frozen=True, slots=True)
 class UpdateSpoilt:
-    """The head or its body did not hold."""
+    """The body is the one that was signed for, and does not hold: that is this device's word for the round."""
 
     received: HeadReceived
     error: RemoteProtocolError
@@ -101,7 +134,7 @@ class HeadRecalled:
     """What was said of a head of an earlier round; None if nothing is on record."""
 
     received: HeadReceived
-    outcome: Outcome | None
+    verdict: Verdict | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +162,9 @@ Event = (
     | ReleaseReceived
     | StatusReceived
     | HeadReceived
+    | HeadAdmitted
+    | HeadSpoilt
+    | ChunkReceived
     | UpdateOpened
     | UpdateSpoilt
     | HeadRecalled
@@ -191,12 +227,35 @@ class PublishOffer:
 
 
 @dataclass(frozen=True, slots=True)
+class Admit:
+    """Verify a head, before anything is spent on its body; `opened` is when its round opened (Unix time)."""
+
+    received: HeadReceived
+    opened: float
+    manifest: TaskManifest
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Tell a device which chunks of a body to send."""
+
+    device: str
+    missing: Missing
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """The chunks of an update were given up, for want of room or of a sign of life."""
+
+    received: HeadReceived
+
+
+@dataclass(frozen=True, slots=True)
 class Open:
-    """Verify, decrypt and validate an update; `opened` is when its round opened (Unix time)."""
+    """Decrypt and validate an admitted update, which has its body."""
 
     received: HeadReceived
     clip: float
-    opened: float
     manifest: TaskManifest
 
 
@@ -214,8 +273,18 @@ class Contribute:
 
 
 @dataclass(frozen=True, slots=True)
+class Reject:
+    """Record that a device's update does not count, and why; its round takes no other one of it."""
+
+    received: HeadReceived
+    manifest_version: int
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refuse:
-    """An update that does not count: say why."""
+    """An update that does not count, which is not on record: say why."""
 
     received: HeadReceived
     outcome: Outcome
@@ -294,8 +363,12 @@ Effect = (
     | OpenRound
     | ReviseRound
     | PublishOffer
+    | Admit
+    | Ask
+    | Evict
     | Open
     | Contribute
+    | Reject
     | Refuse
     | Reply
     | Recall
@@ -348,15 +421,22 @@ class Coordinator:
     public_key: bytes
     tasks: dict[str, Task] = field(default_factory=dict)
     devices: dict[str, DeviceStatus] = field(default_factory=dict)
+    reassembler: Reassembler[HeadReceived] = field(default_factory=lambda: Reassembler(Bounds()))
     ready: bool = False
 
     @property
     def deadline(self) -> float | None:
-        """The earliest deadline of an open round."""
-        return min((task.round.deadline for task in self.tasks.values() if task.round is not None), default=None)
+        """The earliest deadline of an open round or of an update in parts."""
+        due = [task.round.deadline for task in self.tasks.values() if task.round is not None]
+        chunks = self.reassembler.deadline
+        return min(due if chunks is None else [*due, chunks], default=None)
 
     def handle(self, event: Event, now: Instant) -> list[Effect]:
         """What to do about one event; a RemoteProtocolError has changed nothing."""
+        effects = self._handle(event, now)
+        return effects + self._interrupted(effects, now)
+
+    def _handle(self, event: Event, now: Instant) -> list[Effect]:
         match event:
             case LinkReady(fresh=fresh):
                 return self._link_ready(fresh, now)
@@ -365,19 +445,25 @@ class Coordinator:
             case StatusReceived(device=device, status=status):
                 return self._status_received(device, status, now)
             case HeadReceived():
-                return self._head_received(event)
+                return self._head_received(event, now)
+            case HeadAdmitted(received=received):
+                return self._head_admitted(received, now)
+            case HeadSpoilt(received=received, error=error):
+                return self._refuse(received, Outcome.REJECTED, error.reason, error.detail)
+            case ChunkReceived():
+                return self._chunk_received(event, now)
             case UpdateOpened(received=received, body=body):
                 return self._update_opened(received, body, now)
             case UpdateSpoilt(received=received, error=error):
-                return self._refuse(received, Outcome.REJECTED, error.reason, error.detail)
-            case HeadRecalled(received=received, outcome=outcome):
-                return self._head_recalled(received, outcome)
+                return self._update_spoilt(received, error, now)
+            case HeadRecalled(received=received, verdict=verdict):
+                return self._head_recalled(received, verdict)
             case RoundReduced():
                 return self._round_reduced(event, now)
             case RoundSpoilt():
                 return self._round_spoilt(event, now)
             case Tick():
-                return self._deadlines(now)
+                return self._deadlines(now) + self._stepped(self.reassembler.tick(now.mono))
             case _:
                 assert_never(event)
 
@@ -629,7 +715,83 @@ class Coordinator:
 
     # -- updates --
 
-    def _head_received(self, received: HeadReceived) -> list[Effect]:
+    def _head_received(self, received: HeadReceived, now: Instant) -> list[Effect]:
+        answer = self._answer(received)
+        if answer is not None:
+            return answer
+        if received.body is None:
+            known = self.reassembler.again(received.context.device, received.name, now.mono)
+            if known is not None:
+                return self._stepped(known)
+        task, current = self._collecting(received)
+        return [Admit(received, current.opened, task.manifest)]
+
+    def _head_admitted(self, received: HeadReceived, now: Instant) -> list[Effect]:
+        answer = self._answer(received)
+        if answer is not None:
+            return answer
+        if received.body is not None:
+            return self._open_update(received)
+        head, device = received.head, received.context.device
+        try:
+            step = self.reassembler.begin(device, received.name, received, head.size, head.chunk_size, now.mono)
+        except RemoteProtocolError as error:
+            return self._refuse(received, Outcome.REJECTED, error.reason, error.detail)
+        return self._stepped(step)
+
+    def _chunk_received(self, chunk: ChunkReceived, now: Instant) -> list[Effect]:
+        step = self.reassembler.take(chunk.device, chunk.update, chunk.index, chunk.payload, now.mono)
+        effects = self._stepped(step)
+        if step.whole is not None:
+            received, body = step.whole
+            received = replace(received, body=body)
+            # Hours may lie between head and last chunk.
+            answer = self._answer(received)
+            effects += self._open_update(received) if answer is None else answer
+        return effects
+
+    def _open_update(self, received: HeadReceived) -> list[Effect]:
+        task, _ = self._collecting(received)
+        assert task.offer is not None
+        return [Open(received, task.offer.clip, task.manifest)]
+
+    def _update_opened(self, received: HeadReceived, body: PlainBody, now: Instant) -> list[Effect]:
+        # Closed meanwhile, perhaps by this very head: the broker may have sent it twice. Or two heads of one device
+        # were opened in one batch: the first is in.
+        answer = self._answer(received)
+        if answer is not None:
+            return answer
+        task, current = self._collecting(received)
+        sequence = current.accept(received.context.device, received.digest)
+        algorithm = task.manifest.algorithm
+        weight = float(min(body.examples, algorithm.cap)) if algorithm.weights == "examples" else 1.0
+        count, goal = len(current.accepted), current.plan.goal
+        effects: list[Effect] = [
+            Contribute(received, body, task.manifest.version, sequence, weight, count, goal),
+            self._reply(received, Outcome.ACCEPTED),
+            *self._settled(received, now),
+        ]
+        return effects + self._close(task) if current.full else effects
+
+    def _update_spoilt(self, received: HeadReceived, error: RemoteProtocolError, now: Instant) -> list[Effect]:
+        answer = self._answer(received)
+        if answer is not None:
+            return answer
+        task, current = self._collecting(received)
+        current.reject(received.context.device, received.digest, error.reason)
+        return [
+            Reject(received, task.manifest.version, error.reason, error.detail),
+            self._reply(received, Outcome.REJECTED, error.reason.value),
+            *self._settled(received, now),
+        ]
+
+    def _head_recalled(self, received: HeadReceived, verdict: Verdict | None) -> list[Effect]:
+        if verdict is None:
+            return self._refuse(received, Outcome.LATE, Reason.LATE, f"round {received.context.round} is over")
+        return self._say(received, verdict)
+
+    def _answer(self, received: HeadReceived) -> list[Effect] | None:
+        """What to say to a head that cannot count, or did already; None as long as it can."""
         context = received.context
         task = self.tasks.get(context.task)
         if task is None:
@@ -643,46 +805,57 @@ class Coordinator:
         current, offer = task.round, task.offer
         if current is None or offer is None or context.round != current.number:
             return [Recall(received, task.manifest.version)]
-        outcome = current.judge(context.device, received.digest)
-        if outcome is Outcome.ACCEPTED:
-            return [self._reply(received, outcome)]
-        if outcome is not None:
-            reason = Reason.DUPLICATE if outcome is Outcome.DUPLICATE else Reason.NOT_SELECTED
-            return self._refuse(received, outcome, reason, "")
+        verdict = current.judge(context.device, received.digest)
+        if verdict is not None:
+            return self._say(received, verdict)
         if context.release != offer.release:
             return self._refuse(received, Outcome.REJECTED, Reason.WRONG_DIGEST, "of another release than the round's")
-        return [Open(received, offer.clip, current.opened, task.manifest)]
+        return None
 
-    def _update_opened(self, received: HeadReceived, body: PlainBody, now: Instant) -> list[Effect]:
+    def _collecting(self, received: HeadReceived) -> tuple[Task, Round]:
+        """The task and open round of a head that can count."""
         task = self.tasks[received.context.task]
-        current = task.round
-        if received.context.manifest != signing.digest(task.manifest_signed):
-            return self._refuse(received, Outcome.SUPERSEDED, Reason.WRONG_MANIFEST, "another manifest came meanwhile")
-        if current is None or current.number != received.context.round:
-            # Closed meanwhile, perhaps by this very head: the broker may have sent it twice.
-            return [Recall(received, task.manifest.version)]
-        outcome = current.judge(received.context.device, received.digest)
-        if outcome is Outcome.ACCEPTED:
-            return [self._reply(received, outcome)]
-        if outcome is not None:
-            # Two heads of one device in one batch: the first is in.
-            return self._refuse(received, outcome, Reason.DUPLICATE, "")
-        sequence = current.accept(received.context.device, received.digest)
-        algorithm = task.manifest.algorithm
-        weight = float(min(body.examples, algorithm.cap)) if algorithm.weights == "examples" else 1.0
-        count, goal = len(current.accepted), current.plan.goal
-        effects: list[Effect] = [
-            Contribute(received, body, task.manifest.version, sequence, weight, count, goal),
-            self._reply(received, Outcome.ACCEPTED),
-        ]
-        return effects + self._close(task) if current.full else effects
+        if task.round is None:
+            raise LocalProtocolError(f"no round of {received.context.task} is open")
+        return task, task.round
 
-    def _head_recalled(self, received: HeadReceived, outcome: Outcome | None) -> list[Effect]:
-        if outcome is None:
-            return self._refuse(received, Outcome.LATE, Reason.LATE, f"round {received.context.round} is over")
-        if outcome is Outcome.DUPLICATE:
-            return self._refuse(received, outcome, Reason.DUPLICATE, "")
-        return [self._reply(received, outcome)]
+    def _say(self, received: HeadReceived, verdict: Verdict) -> list[Effect]:
+        """Repeat what was said of this very head, or refuse another one."""
+        if verdict.outcome in (Outcome.ACCEPTED, Outcome.REJECTED):
+            return [self._reply(received, verdict.outcome, verdict.reason)]
+        return self._refuse(received, verdict.outcome, Reason(verdict.reason), "")
+
+    def _settled(self, received: HeadReceived, now: Instant) -> list[Effect]:
+        """A device has had its say in a round: what else it has under way for it cannot count."""
+        context = received.context
+        if not self.reassembler.holds(context.device):
+            return []
+        return self._dropped(
+            lambda each: (
+                (each.context.task, each.context.manifest, each.context.round, each.context.device)
+                == (context.task, context.manifest, context.round, context.device)
+            ),
+            now,
+        )
+
+    def _interrupted(self, effects: Sequence[Effect], now: Instant) -> list[Effect]:
+        """Whoever is in the midst of an update when its round stops taking any is told so at once."""
+        ended = {
+            each.offer.task
+            for each in effects
+            if isinstance(each, ReviseRound) and each.offer.state is not OfferState.OPEN
+        }
+        return self._dropped(lambda each: each.context.task in ended, now) if ended else []
+
+    def _dropped(self, unwanted: Callable[[HeadReceived], bool], now: Instant) -> list[Effect]:
+        step = self.reassembler.drop(unwanted, now.mono)
+        answers = [effect for received in step.dropped for effect in self._answer(received) or []]
+        return answers + self._stepped(step)
+
+    def _stepped(self, step: Step[HeadReceived]) -> list[Effect]:
+        """What the reassembler wants done, but for what is whole."""
+        asks = [Ask(each.context.device, Missing(v=2, head=each.digest, chunks=numbers)) for each, numbers in step.asks]
+        return [*map(Evict, step.evicted), *asks]
 
     def _refuse(self, received: HeadReceived, outcome: Outcome, reason: Reason, detail: str) -> list[Effect]:
         return [Refuse(received, outcome, reason, detail), self._reply(received, outcome, reason.value)]

@@ -13,8 +13,11 @@ from cryptography import x509
 
 from aggregator import coordinator as core
 from aggregator import validate
+from aggregator.config import Limits
 from aggregator.fold import Fold, Vector
 from aggregator.ports import Blobs, Contribution, Store
+from aggregator.reassembler import Bounds
+from aggregator.round import DUPLICATE, Verdict
 from shared import codec, identity, sealing, wire
 from shared.errors import ConfigError, LocalProtocolError, Reason, RemoteProtocolError
 from shared.events import Event
@@ -22,22 +25,26 @@ from shared.layout import FLOATING, size
 from shared.logs import tell
 from shared.messages import Outcome, PlainBody, TaskManifest, UpdateContext, UpdateHead, UpdateMessage
 from shared.mqtt import Message
-from shared.topics import Topics
+from shared.topics import Topics, update_name
 
 
-def decode(topics: Topics, message: Message, limit: int) -> core.HeadReceived:
-    """The head that an update's message carries; RemoteProtocolError if it is none, or on another's topic."""
+def decode(topics: Topics, message: Message, limit: int) -> core.HeadReceived | core.ChunkReceived:
+    """The head or chunk that a message below an upload's topic is; RemoteProtocolError if it is none."""
     upload = topics.parse_upload(message.topic)
+    if upload.chunk is not None:
+        return core.ChunkReceived(upload.device, upload.update, upload.chunk, message.payload)
     update = wire.unpack(message.payload, UpdateMessage, limit)
     digest = sha256(update.head).digest()
     head = wire.unpack(update.head, UpdateHead)
     context = wire.unpack(head.context, UpdateContext)
     if context.device != upload.device:
         raise RemoteProtocolError(Reason.WRONG_DEVICE, f"{context.device} on the topic of {upload.device}")
-    if digest.hex()[:32] != upload.update:
+    if update_name(digest) != upload.update:
         raise RemoteProtocolError(Reason.WRONG_DIGEST, f"another head than {upload.update}")
-    if update.body is None:
+    if update.body is None and not head.chunk_size:
         raise RemoteProtocolError(Reason.MISSING_PART, f"{context.device} sent a head without its body")
+    if update.body is not None and head.chunk_size:
+        raise RemoteProtocolError(Reason.UNASKED, f"{context.device} sent the body of a head in chunks along with it")
     return core.HeadReceived(digest, head, context, update.head, update.sig, update.body)
 
 
@@ -62,13 +69,12 @@ class Intake:
         self.recorded: set[bytes] = set()
         """Heads whose rows the newest commit wrote."""
 
-    def open(self, effect: core.Open) -> core.UpdateOpened | core.UpdateSpoilt:
-        """Everything that an update must be before it may count, cheapest first."""
+    def admit(self, effect: core.Admit) -> core.HeadAdmitted | core.HeadSpoilt:
+        """Everything that a head must be before anything is spent on its body, cheapest first."""
         received, manifest = effect.received, effect.manifest
         head, context = received.head, received.context
         try:
-            if self._deny.has(context.device):
-                raise RemoteProtocolError(Reason.DENIED, f"{context.device} is on the deny list")
+            self._not_denied(context.device)
             device = identity.verify_device(head.certificate, self._ca, effect.opened)
             if device.name != context.device:
                 raise RemoteProtocolError(Reason.WRONG_DEVICE, f"the certificate is of {device.name}")
@@ -77,19 +83,39 @@ class Intake:
             if (context.codec, context.dimension) != (manifest.codec, sum(sizes)):
                 raise RemoteProtocolError(Reason.WRONG_DIMENSION, f"{context.dimension}, the task has {sum(sizes)}")
             most = sealing.sealed_size(sealing.HEADER_MAX, codec.size_max(context.codec, sizes))
-            if len(received.body) > most:
-                raise RemoteProtocolError(Reason.TOO_LARGE, f"a body of {len(received.body)} bytes, at most {most}")
+            if head.size > most:
+                raise RemoteProtocolError(Reason.TOO_LARGE, f"a body of {head.size} bytes, at most {most}")
+        except RemoteProtocolError as error:
+            return core.HeadSpoilt(received, error)
+        return core.HeadAdmitted(received)
+
+    def open(self, effect: core.Open) -> core.UpdateOpened | core.HeadSpoilt | core.UpdateSpoilt:
+        """The body: as signed, sealed for this context, and with numbers that may be added."""
+        received, manifest = effect.received, effect.manifest
+        head, context = received.head, received.context
+        if received.body is None:
+            raise LocalProtocolError(f"an update of {context.device} was opened without its body")
+        try:
+            # Again: chunks may have taken a while, and the list is about now.
+            self._not_denied(context.device)
             if len(received.body) != head.size or sha256(received.body).digest() != head.sha256:
                 raise RemoteProtocolError(Reason.WRONG_DIGEST, "the body is not the one that the head was signed for")
+        except RemoteProtocolError as error:
+            return core.HeadSpoilt(received, error)
+        try:
             body, data = self._unseal(manifest.version, head, context, received.body)
             validate.report(body, manifest.metric)
-            self.opened[received.digest] = validate.delta(context.codec, data, sizes, effect.clip)
+            self.opened[received.digest] = validate.delta(context.codec, data, sizes_of(manifest), effect.clip)
         except RemoteProtocolError as error:
             return core.UpdateSpoilt(received, error)
         return core.UpdateOpened(received, body)
 
+    def _not_denied(self, device: str) -> None:
+        if self._deny.has(device):
+            raise RemoteProtocolError(Reason.DENIED, f"{device} is on the deny list")
+
     def _unseal(
-        self, version: int, head: UpdateHead, context: UpdateContext, body: bytes
+        self, version: int, head: UpdateHead, context: UpdateContext, body: bytes | memoryview
     ) -> tuple[PlainBody, memoryview]:
         private = self._key_file(context.task, version, context.round).read_bytes()
         return sealing.open_sealed(private, head.encapsulation, body, head.context)
@@ -105,12 +131,12 @@ class Intake:
         fold = self.folds.setdefault(key, Fold(len(delta)))
         fold.add(received.digest, delta, effect.weight)
         self._counts["updates_accepted"] += 1
-        self._counts["update_bytes"] += len(received.body)
+        self._counts["update_bytes"] += received.head.size
         tell(
             Event.UPDATE_ACCEPTED,
             **where(context),
             examples=effect.body.examples,
-            bytes=len(received.body),
+            bytes=received.head.size,
             updates=f"{effect.updates}/{effect.goal}",
         )
 
@@ -122,7 +148,7 @@ class Intake:
         if row is None:
             return core.HeadRecalled(received, None)
         same = row.head_digest == received.digest
-        return core.HeadRecalled(received, Outcome(row.outcome) if same else Outcome.DUPLICATE)
+        return core.HeadRecalled(received, Verdict(Outcome(row.outcome)) if same else DUPLICATE)
 
     def fold(self, manifest: TaskManifest, number: int, rows: Sequence[Contribution]) -> Fold:
         """The round's fold; made again from rows and blobs where memory does not hold exactly what the rows say."""
@@ -169,6 +195,21 @@ class DenyList:
 def sizes_of(manifest: TaskManifest) -> list[int]:
     """Elements of each tensor that a delta has, in flat order."""
     return [size(spec) for spec in manifest.layout if spec.dtype in FLOATING]
+
+
+def bounds(limits: Limits) -> Bounds:
+    """What updates in chunks may cost, as configured."""
+    return Bounds(
+        updates=limits.updates,
+        size=limits.update_bytes,
+        device_updates=limits.device_updates,
+        device_size=limits.device_update_bytes,
+        waiting=limits.waiting_updates,
+        asked=limits.asked_chunks,
+        patience=limits.chunk_timeout / 2,
+        silence=float(limits.chunk_timeout),
+        timeout=float(limits.update_timeout),
+    )
 
 
 def where(context: UpdateContext) -> dict[str, object]:

@@ -11,8 +11,21 @@ what was contributed. Ending it (released, superseded, finished ...) is the coor
 import math
 from dataclasses import dataclass, field
 
+from shared.errors import Reason
 from shared.messages import Outcome, Plan
 from shared.selection import draw, threshold
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of a head."""
+
+    outcome: Outcome
+    reason: str = ""
+
+
+DUPLICATE = Verdict(Outcome.DUPLICATE, Reason.DUPLICATE)
+"""Another head of its device came first."""
 
 
 @dataclass
@@ -31,18 +44,26 @@ class Round:
     accepted: dict[str, bytes] = field(default_factory=dict)
     sequence: int = 0
     """Of the contributions, in the order in which the fold adds them."""
+    rejected: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+    """Devices whose update was opened and does not count: the digest of its head, and why."""
 
     def selected(self, device: str) -> bool:
         """Whether this device may take part."""
         return draw(self.task, self.manifest_version, self.number, device) < self.participation
 
-    def judge(self, device: str, head: bytes) -> Outcome | None:
-        """What to answer to a head at once; None if its body is worth opening."""
-        known = self.accepted.get(device)
+    def judge(self, device: str, head: bytes) -> Verdict | None:
+        """What to answer to a head at once; None if its body is worth having.
+
+        The first head of a device that was opened is its only one: the same again gets its first answer.
+        """
+        known, reason = self.accepted.get(device), ""
+        outcome = Outcome.ACCEPTED
+        if known is None and device in self.rejected:
+            outcome, (known, reason) = Outcome.REJECTED, self.rejected[device]
         if known is not None:
-            return Outcome.ACCEPTED if known == head else Outcome.DUPLICATE
+            return Verdict(outcome, reason) if known == head else DUPLICATE
         if not self.selected(device):
-            return Outcome.NOT_SELECTED
+            return Verdict(Outcome.NOT_SELECTED, Reason.NOT_SELECTED)
         return None
 
     def accept(self, device: str, head: bytes) -> int:
@@ -50,6 +71,10 @@ class Round:
         self.accepted[device] = head
         self.sequence += 1
         return self.sequence
+
+    def reject(self, device: str, head: bytes, reason: Reason) -> None:
+        """Spend a device's turn on an update that does not count."""
+        self.rejected[device] = (head, reason.value)
 
     @property
     def want(self) -> int:

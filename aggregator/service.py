@@ -21,6 +21,7 @@ from aggregator.coordinator import Coordinator, Effect, Task
 from aggregator.distribution import Distribution
 from aggregator.intake import DenyList, Intake
 from aggregator.ports import BlobLost, Contribution, StoredTask
+from aggregator.reassembler import Reassembler
 from aggregator.round import Round
 from aggregator.store import Store
 from shared import identity, logs, sealing, signing, systemd, tensors, wire
@@ -34,6 +35,7 @@ from shared.messages import (
     AggregatorStatus,
     BlobRef,
     DeviceStatus,
+    Outcome,
     Release,
     ReleaseMessage,
     RoundOffer,
@@ -82,6 +84,7 @@ class Service:
             core.signer(private),
             sealing.generate,
             signing.public_bytes(private),
+            reassembler=Reassembler(intake.bounds(config.limits)),
         )
         self._deny = DenyList(Path(config.trust.deny) if config.trust.deny else None)
         self._counts: collections.Counter[str] = collections.Counter()
@@ -230,7 +233,7 @@ class Service:
         if not durable:
             return
         received = [each.received for each in durable if isinstance(each, core.Contribute)]
-        self._blobs.put_all({each.head.sha256: each.body for each in received})
+        self._blobs.put_all({each.head.sha256: each.body for each in received if each.body is not None})
         now = read_clock().utc
         rows: list[Contribution] = []
         with self._store.transaction():
@@ -302,19 +305,21 @@ class Service:
                 self._send(task_round(offer.task), wire.pack(effect.signed), retain=True)
             case core.PublishOffer():
                 self._send(task_round(effect.task), wire.pack(effect.signed), retain=True)
+            case core.Admit():
+                yield self._intake.admit(effect)
+            case core.Ask(device=device, missing=missing):
+                self._send(self._topics.command(device, "missing"), wire.pack(missing))
+            case core.Evict(received=received):
+                self._count("updates_evicted")
+                tell(Event.UPDATE_EVICTED, **intake.where(received.context), bytes=received.head.size)
             case core.Open():
                 yield self._intake.open(effect)
             case core.Contribute():
                 self._intake.contribute(effect)
+            case core.Reject(received=received):
+                self._tell_rejected(received, Outcome.REJECTED, effect.reason, effect.detail)
             case core.Refuse(received=received):
-                self._refused[effect.reason.value] += 1
-                tell(
-                    Event.UPDATE_REJECTED,
-                    **intake.where(received.context),
-                    outcome=effect.outcome.value,
-                    reason=effect.reason.value,
-                    detail=effect.detail,
-                )
+                self._tell_rejected(received, effect.outcome, effect.reason, effect.detail)
             case core.Reply():
                 self._send(self._topics.command(effect.device, "receipt"), wire.pack(effect.receipt))
             case core.Recall(received=received):
@@ -383,6 +388,11 @@ class Service:
             self._blobs.delete(row.body)
 
     # -- small things --
+
+    def _tell_rejected(self, received: core.HeadReceived, outcome: Outcome, reason: Reason, detail: str) -> None:
+        self._refused[reason.value] += 1
+        where = intake.where(received.context)
+        tell(Event.UPDATE_REJECTED, **where, outcome=outcome.value, reason=reason.value, detail=detail)
 
     def _send(self, topic: str, payload: bytes, retain: bool = False) -> int:
         try:

@@ -48,6 +48,7 @@ class Event(StrEnum):
     PUBLISH_REFUSED = "publish.refused"
     UPDATE_ACCEPTED = "update.accepted"
     UPDATE_REJECTED = "update.rejected"
+    UPDATE_EVICTED = "update.evicted"
     RELEASE_PUBLISHED = "release.published"
     TASK_FINISHED = "task.finished"
 

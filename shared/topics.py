@@ -41,6 +41,11 @@ def task_round(task: str) -> str:
     return f"models/{task}/round"
 
 
+def update_name(head: bytes) -> str:
+    """What topics call an update whose signed head has this sha256."""
+    return head.hex()[:32]
+
+
 TASK_RELEASES = task_release("+")
 TASK_ROUNDS = task_round("+")
 
@@ -63,7 +68,7 @@ class Topics:
     prefix: str = "fl"
 
     def head(self, shard: int, device: str, update: str) -> str:
-        """Where a device sends a head; `update` is the first 32 hex digits of the signed head's sha256."""
+        """Where a device sends a head; `update` is its `update_name`."""
         return f"{self.prefix}/up/{shard}/{device}/{update}/head"
 
     def upload_chunk(self, shard: int, device: str, update: str, index: int) -> str:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from msgspec import structs
 
-from shared import graph, identity, sealing, signing, tensors, wire
+from shared import chunks, graph, identity, sealing, signing, tensors, wire
 from shared.graph import Constant, Graph, Kind, Port, Ref, Row, StateSlot
 from shared.messages import (
     PARTICIPATION_ALL,
@@ -75,16 +75,21 @@ def rows(first: int) -> tuple[Row, Row]:
     )
 
 
-def graph_bytes(kind: Kind, extra: Sequence[Row] = (), constants: tuple[Constant, ...] = ()) -> bytes:
-    """The linear layer with `extra` rows behind it, which nothing uses, and constants."""
+def layout_of(width: int) -> list[TensorSpec]:
+    """Of the linear layer with so many inputs: 3 x width values."""
+    return [TensorSpec("weight", "parameter", "float32", [3, width])]
+
+
+def graph_bytes(kind: Kind, extra: Sequence[Row] = (), constants: tuple[Constant, ...] = (), width: int = 4) -> bytes:
+    """The linear layer of `width` inputs with `extra` rows behind it, which nothing uses, and constants."""
     first = 3 + len(constants)
     outputs = (first + 1,) if kind == "train" else (first, first + 1)
     return graph.encode(
         Graph(
             kind,
             OPSET_VERSION,
-            tuple(StateSlot(spec.name, spec.kind, spec.dtype, spec.shape) for spec in LAYOUT),
-            (Port("x", "float32", [4]), Port("y", "int64", [])),
+            tuple(StateSlot(spec.name, spec.kind, spec.dtype, spec.shape) for spec in layout_of(width)),
+            (Port("x", "float32", [width]), Port("y", "int64", [])),
             constants,
             (*rows(first), *extra),
             outputs,
@@ -110,6 +115,19 @@ class Model:
 
 
 MODEL = Model()
+
+
+def wide(width: int) -> Model:
+    """A model whose update needs many chunks; `of_width` says what its manifest says otherwise."""
+    return Model(graph_bytes("train", width=width), graph_bytes("eval", width=width), weights(layout=layout_of(width)))
+
+
+def of_width(width: int) -> dict[str, Any]:
+    """What a manifest of a wide model says otherwise."""
+    data = DataContract(dataset="d", inputs=[TensorContract("x", "float32", [width])], target=TARGET)
+    return {"layout": layout_of(width), "data": data}
+
+
 PLAN = Plan(goal=1000, min_updates=1, rounds=1000, deadline=3600)
 
 
@@ -259,6 +277,13 @@ class Update:
     head: bytes
     signature: bytes
     body: bytes | None
+    chunk: int = 0
+    """Bytes of a chunk, if its body is sent in chunks and not with the head."""
+
+    @property
+    def pieces(self) -> list[bytes]:
+        """The chunks."""
+        return [bytes(piece) for piece in chunks.pieces(self.body or b"", self.chunk)]
 
     @property
     def name(self) -> str:
@@ -268,7 +293,8 @@ class Update:
     @property
     def payload(self) -> bytes:
         """The message."""
-        return wire.pack(UpdateMessage(1 if self.body is not None else 2, self.head, self.signature, self.body))
+        body = None if self.chunk else self.body
+        return wire.pack(UpdateMessage(v=2 if body is None else 1, head=self.head, sig=self.signature, body=body))
 
 
 def values(count: int = DIMENSION, value: float = 0.01) -> bytes:
@@ -293,10 +319,12 @@ def update(
     hpke_key: bytes | None = None,
     spoil: tuple[str, int] | None = None,
     context_bytes: bytes | None = None,
+    chunk: int = 0,
 ) -> Update:
     """An update of `device` for an offer: correct, unless told otherwise.
 
     `spoil` flips a bit of the "body" or the "encapsulation" at this index and then signs what came of it.
+    `chunk` are the bytes of a chunk, if its body is sent in chunks.
     `context_bytes` go in place of the packed context, sealed and signed like it.
     """
     plain = UpdateContext(
@@ -324,17 +352,17 @@ def update(
     elif spoil is not None:
         encapsulation = flip(encapsulation, spoil[1])
     whole = UpdateHead(
-        v=1,
+        v=2 if chunk else 1,
         context=packed,
         encapsulation=encapsulation,
         size=len(ciphertext),
         sha256=sha256(ciphertext).digest(),
-        chunk_size=0,
+        chunk_size=chunk,
         certificate=device.certificate,
         shares=[],
     )
     signed = wire.pack(structs.replace(whole, **(head or {})))
-    return Update(signed, identity.sign_head(device.key, signed), ciphertext)
+    return Update(signed, identity.sign_head(device.key, signed), ciphertext, chunk)
 
 
 # -- malformed bytes ---------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ REJECTED: dict[str, tuple[Callable[[Attack], Update], str, Outcome]] = {
         Outcome.REJECTED,
     ),
     "huge_body": (lambda a: a.update(delta=bytes(1 << 20)), "too_large", Outcome.REJECTED),
-    "size_that_lies": (lambda a: a.update(head={"size": 2**40}), "wrong_digest", Outcome.REJECTED),
+    "size_that_lies": (lambda a: a.update(head={"size": 2**40}), "too_large", Outcome.REJECTED),
     # the numbers
     "nan": (lambda a: a.update(delta=spike(NAN)), "not_finite", Outcome.REJECTED),
     "infinity": (lambda a: a.update(delta=spike(-INF)), "not_finite", Outcome.REJECTED),

@@ -15,9 +15,10 @@ from aggregator import ca
 from aggregator import config as settings
 from aggregator.service import Service
 from shared import identity, wire
+from shared.chunks import CHUNK_MIN
 from shared.driver import read_clock
 from shared.errors import ConfigError, Reason
-from shared.messages import Plan, RoundOffer
+from shared.messages import Missing, Plan, RoundOffer, UpdateHead, UpdateMessage
 from shared.mqtt import LinkUp, Message
 from shared.topics import RELEASE, Topics
 from tests.hostile import records
@@ -49,6 +50,8 @@ class Bench:
             trust=structs.replace(loaded.trust, deny=self.deny),
         )
         self.service = Service(loaded, now)
+        self.publications: list[tuple[str, bytes]] = []
+        self.service._link.publish = self._published  # type: ignore[method-assign]
         self.topics = Topics(loaded.broker.prefix)
         self._keys = records.Keys(
             identity.load_signing_key(folder / "fleet" / "publisher" / "publisher.key"),
@@ -58,9 +61,13 @@ class Bench:
         self.batch(LinkUp(False, None), self.message(self.topics.device_status("sensor-1"), wire.pack(status())))
         self.adopt(1)
 
-    def adopt(self, version: int, **changes: Any) -> None:
+    def _published(self, topic: str, payload: bytes | bytearray, *, qos: int = 1, retain: bool = False) -> int:
+        self.publications.append((topic, bytes(payload)))
+        return 1
+
+    def adopt(self, version: int, model: records.Model = records.MODEL, **changes: Any) -> None:
         """A publisher's next manifest arrives."""
-        message = records.release(self._keys, records.manifest(self._keys, TASK, version, **changes))
+        message = records.release(self._keys, records.manifest(self._keys, TASK, version, model, **changes), model)
         self.batch(self.message(RELEASE, wire.pack(message)))
 
     def message(self, topic: str, payload: bytes) -> Message:
@@ -76,6 +83,18 @@ class Bench:
     def sent(self, update: Update, by: Device | None = None) -> Message:
         """An update on the topic of its device."""
         return self.message(self.topics.head(0, (by or self.device).name, update.name), update.payload)
+
+    def chunk(self, update: Update, index: int, payload: bytes | None = None) -> Message:
+        """A chunk of an update on the topic of its device."""
+        topic = self.topics.upload_chunk(0, self.device.name, update.name, index)
+        return self.message(topic, update.pieces[index] if payload is None else payload)
+
+    @property
+    def asked(self) -> list[list[int]]:
+        """The chunks that the device was asked for, since this was read last."""
+        topic = self.topics.command(self.device.name, "missing")
+        taken, self.publications[:] = list(self.publications), []
+        return [wire.unpack(payload, Missing).chunks for where, payload in taken if where == topic]
 
     @property
     def offer(self) -> RoundOffer:
@@ -176,15 +195,24 @@ SPOILT: dict[str, tuple[Callable[[Bench], Update], Reason]] = {
 }
 
 
+OPENED = (Reason.SEALED_BADLY, Reason.NOT_FINITE, Reason.NORM, Reason.METRICS)
+
+
 @pytest.mark.parametrize("case", SPOILT)
 def test_a_spoilt_update_does_not_count(bench: Bench, case: str) -> None:
-    """It is refused with its reason and leaves nothing behind; a good one of the same device counts after it."""
+    """It is refused with its reason and leaves nothing behind; a good one of the same device counts after it.
+
+    But not once a body was opened: that was the device's word for this round, whatever it says later.
+    """
     make, reason = SPOILT[case]
     bench.batch(bench.sent(make(bench)))
     assert bench.service._refused == {reason.value: 1}
     assert (bench.updates, bench.service._intake.opened) == (0, {})
     bench.batch(bench.sent(records.update(bench.device, bench.offer)))
-    assert bench.updates == 1
+    assert bench.updates == (reason not in OPENED)
+    assert bench.service._refused[Reason.DUPLICATE.value] == (reason in OPENED)
+    bench.batch(bench.sent(records.update(bench.other, bench.offer), bench.other))
+    assert bench.updates == 1 + (reason not in OPENED)
 
 
 def test_an_update_on_the_topic_of_another(bench: Bench) -> None:
@@ -253,3 +281,91 @@ def test_a_round_whose_updates_are_damaged_on_disk_is_given_up(bench: Bench) -> 
     assert bench.offer.round == 2
     assert bench.service._coordinator.tasks[TASK].release.number == 0
     assert bench.service._refused[Reason.WRONG_DIGEST.value] == 1
+
+
+# -- bodies in chunks --------------------------------------------------------------------------------------------
+
+WIDTH = 256
+"""Inputs of a model whose update is three chunks and a short one."""
+
+
+def large(bench: Bench, *, dimension: int = 3 * WIDTH, **changes: Any) -> Update:
+    """An update in chunks."""
+    values, context = records.values(3 * WIDTH), {"dimension": dimension}
+    return records.update(bench.device, bench.offer, delta=values, context=context, chunk=CHUNK_MIN, **changes)
+
+
+@pytest.fixture
+def broad(bench: Bench) -> Bench:
+    """A bench whose task needs chunks."""
+    bench.adopt(2, records.wide(WIDTH), **records.of_width(WIDTH))
+    assert bench.asked == []
+    return bench
+
+
+def test_chunks_are_pulled(broad: Bench) -> None:
+    """The head is answered with what is missing; whatever order the chunks come in, the body is the one signed for."""
+    update = large(broad)
+    assert len(update.pieces) == 4
+    broad.batch(broad.sent(update))
+    assert broad.asked == [[0, 1, 2, 3]]
+    broad.batch(broad.chunk(update, 3), broad.chunk(update, 0))
+    broad.batch(broad.sent(update))
+    assert broad.asked == [[1, 2]]
+    broad.batch(broad.chunk(update, 2), broad.chunk(update, 1))
+    assert (broad.updates, broad.service._refused) == (1, {})
+    assert broad.service._blobs.get(wire.unpack(update.head, UpdateHead).sha256) == update.body
+
+
+@pytest.mark.parametrize("why", ["late", "denied", "forged", "dimension", "size"])
+def test_nothing_is_asked_of_a_head_that_cannot_count(broad: Bench, why: str) -> None:
+    """It is answered at once, before a byte is spent on its body."""
+    update = large(broad)
+    if why == "late":
+        broad.adopt(3, records.wide(WIDTH), **records.of_width(WIDTH))
+    elif why == "denied":
+        broad.deny.write_text("sensor-1\n")
+    elif why == "forged":
+        update = replace(update, signature=records.flip(update.signature, -1))
+    elif why == "dimension":
+        update = large(broad, dimension=3 * WIDTH + 1)
+    else:
+        update = large(broad, head={"size": 2**40})
+    assert broad.asked == []
+    broad.batch(broad.sent(update))
+    assert broad.asked == []
+    reasons = {"late": "wrong_manifest", "forged": "bad_signature", "dimension": "wrong_dimension", "size": "too_large"}
+    assert broad.service._refused == {reasons.get(why, why): 1}
+    assert broad.service._coordinator.reassembler.size == 0
+
+
+def test_a_body_beside_a_head_in_chunks(broad: Bench) -> None:
+    """Nobody asked for it, and a head that has no chunks must bring its body."""
+    update = large(broad)
+    both = UpdateMessage(v=1, head=update.head, sig=update.signature, body=update.body)
+    broad.batch(broad.message(broad.topics.head(0, "sensor-1", update.name), wire.pack(both)))
+    small = replace(records.update(broad.device, broad.offer), chunk=1)
+    broad.batch(broad.sent(small))
+    assert broad.service._refused == {"unasked": 1, "missing_part": 1}
+    assert broad.updates == 0
+
+
+def test_chunks_that_are_not_the_body(broad: Bench) -> None:
+    """What was put together is not what the head was signed for: refused, not on record, and a good one counts."""
+    update = large(broad)
+    broad.batch(broad.sent(update))
+    bad = [records.flip(piece, 1) if number == 2 else piece for number, piece in enumerate(update.pieces)]
+    broad.batch(*(broad.chunk(update, number, piece) for number, piece in enumerate(bad)))
+    assert (broad.updates, broad.service._refused) == (0, {"wrong_digest": 1})
+    broad.batch(broad.sent(update))
+    broad.batch(*(broad.chunk(update, number) for number in range(4)))
+    assert broad.updates == 1
+
+
+def test_a_device_that_is_denied_while_its_chunks_come(broad: Bench) -> None:
+    """The list is about now, not about when the head came."""
+    update = large(broad)
+    broad.batch(broad.sent(update))
+    broad.deny.write_text("sensor-1\n")
+    broad.batch(*(broad.chunk(update, number) for number in range(4)))
+    assert (broad.updates, broad.service._refused) == (0, {"denied": 1})

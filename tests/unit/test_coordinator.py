@@ -1,6 +1,6 @@
 """The aggregator's machine: releases in, rounds opened and closed, heads judged, each device counted once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,9 @@ from msgspec import structs
 
 from aggregator import coordinator as core
 from aggregator.coordinator import Coordinator, Effect, HeadReceived
+from aggregator.round import DUPLICATE, Verdict
 from shared import signing, trust, wire
+from shared.chunks import CHUNK_MIN
 from shared.errors import LocalProtocolError, Reason, RemoteProtocolError
 from shared.machine import Instant, Tick
 from shared.messages import (
@@ -82,8 +84,8 @@ class Bench:
         assert offer is not None
         return offer
 
-    def head(self, device: str, salt: bytes = b"1", **changes: Any) -> HeadReceived:
-        """A device's head for the newest offer."""
+    def head(self, device: str, salt: bytes = b"1", parts: int = 0, **changes: Any) -> HeadReceived:
+        """A device's head for the newest offer; with `parts` its body comes in so many chunks."""
         offer = self.offer
         context = UpdateContext(
             v=1,
@@ -99,17 +101,36 @@ class Bench:
             dimension=DIMENSION,
         )
         context = structs.replace(context, **changes)
-        head = UpdateHead(1, wire.pack(context), bytes(80), 100, bytes(32), 0, b"certificate", [])
+        size = parts * CHUNK_MIN if parts else 100
+        head = UpdateHead(
+            2 if parts else 1,
+            wire.pack(context),
+            bytes(80),
+            size,
+            bytes(32),
+            CHUNK_MIN if parts else 0,
+            b"certificate",
+            [],
+        )
         signed = wire.pack(head)
-        return HeadReceived(sha256(signed).digest(), head, context, signed, b"signature", b"body")
+        return HeadReceived(sha256(signed).digest(), head, context, signed, b"signature", None if parts else b"body")
+
+    def chunks(self, received: HeadReceived, *numbers: int) -> list[Effect]:
+        """A device sends chunks; each is filled with its number."""
+        device = received.context.device
+        return self.tell(
+            *(core.ChunkReceived(device, received.name, each, bytes([each]) * CHUNK_MIN) for each in numbers)
+        )
 
     def update(self, device: str, salt: bytes = b"1", **changes: Any) -> list[Effect]:
         """A device's whole update, if its body is asked for."""
         received = self.head(device, salt, **changes)
-        first = self.tell(received)
-        if any(isinstance(each, core.Open) for each in first):
-            return first + self.tell(core.UpdateOpened(received, BODY))
-        return first
+        effects = self.tell(received)
+        if only(effects, core.Admit):
+            effects += self.tell(core.HeadAdmitted(received))
+        if only(effects, core.Open):
+            effects += self.tell(core.UpdateOpened(received, BODY))
+        return effects
 
     def reduce(self) -> list[Effect]:
         """The shell has made the new weights."""
@@ -248,7 +269,14 @@ def test_the_goal_closes_the_round() -> None:
     for device in "ab":
         assert only(bench.update(device), core.Reduce) == []
     last = bench.update("c")
-    assert [type(each) for each in last] == [core.Open, core.Contribute, core.Reply, core.ReviseRound, core.Reduce]
+    assert [type(each) for each in last] == [
+        core.Admit,
+        core.Open,
+        core.Contribute,
+        core.Reply,
+        core.ReviseRound,
+        core.Reduce,
+    ]
     assert bench.offer.state is OfferState.CLOSED
     kinds = [type(each) for each in bench.reduce()]
     assert kinds == [core.StoreRelease, core.PublishRelease, core.OpenRound, core.EraseRound]
@@ -380,11 +408,11 @@ def test_two_heads_of_one_device_in_one_batch() -> None:
     ],
 )
 def test_heads_that_do_not_fit(change: dict[str, Any], outcome: Outcome, reason: str) -> None:
-    """Of no task, another manifest, another release or a future round: answered, never opened."""
+    """Of no task, another manifest, another release or a future round: answered at once, not even verified."""
     bench = Bench()
     bench.begin()
     effects = bench.update("a", **change)
-    assert only(effects, core.Open) == []
+    assert [type(each) for each in effects] == [core.Refuse, core.Reply]
     (reply,) = [each for each in effects if isinstance(each, core.Reply)]
     found = wire.unpack(reply.receipt.payload, Receipt)
     assert (found.outcome, found.reason) == (outcome, reason)
@@ -400,20 +428,47 @@ def test_who_was_not_selected_is_not_opened() -> None:
     assert current is not None
     stranger = next(device for device in devices if not current.selected(device))
     effects = bench.update(stranger)
-    assert only(effects, core.Open) == []
+    assert [type(each) for each in effects] == [core.Refuse, core.Reply]
     assert [each.outcome for each in receipts(effects)] == [Outcome.NOT_SELECTED]
 
 
-def test_an_update_that_does_not_hold_is_forgotten() -> None:
-    """The reason goes to the device, and it may send a good one after all."""
+def test_a_head_that_does_not_hold_is_forgotten() -> None:
+    """Whoever sent it may be somebody else: the reason is told, and a good one of the device counts after all."""
     bench = Bench()
     bench.begin()
     received = bench.head("a")
     bench.tell(received)
-    effects = bench.tell(core.UpdateSpoilt(received, RemoteProtocolError(Reason.NORM, "too long")))
+    effects = bench.tell(core.HeadSpoilt(received, RemoteProtocolError(Reason.BAD_SIGNATURE)))
     assert [type(each) for each in effects] == [core.Refuse, core.Reply]
-    assert [(each.outcome, each.reason) for each in receipts(effects)] == [(Outcome.REJECTED, "norm")]
+    assert [(each.outcome, each.reason) for each in receipts(effects)] == [(Outcome.REJECTED, "bad_signature")]
     assert only(bench.update("a", salt=b"2"), core.Contribute)
+
+
+def test_an_update_that_does_not_hold_is_its_devices_word() -> None:
+    """It is recorded; the identical head gets its first answer and reason again, another one is a duplicate."""
+    bench = Bench()
+    bench.begin()
+    received = bench.head("a")
+    bench.tell(received, core.HeadAdmitted(received))
+    effects = bench.tell(core.UpdateSpoilt(received, RemoteProtocolError(Reason.NORM, "too long")))
+    assert [type(each) for each in effects] == [core.Reject, core.Reply]
+    assert [(each.outcome, each.reason) for each in receipts(effects)] == [(Outcome.REJECTED, "norm")]
+    again = bench.update("a")
+    assert [type(each) for each in again] == [core.Reply]
+    assert receipts(again) == receipts(effects)
+    other = bench.update("a", salt=b"2")
+    assert [each.outcome for each in receipts(other)] == [Outcome.DUPLICATE]
+    assert bench.machine.tasks["points"].round.accepted == {}  # type: ignore[union-attr]
+
+
+def test_one_spoilt_update_twice_in_a_batch() -> None:
+    """Both copies are opened before either is recorded: one record, the same receipt twice."""
+    bench = Bench()
+    bench.begin()
+    spoilt = core.UpdateSpoilt(bench.head("a"), RemoteProtocolError(Reason.NORM))
+    effects = bench.tell(spoilt, spoilt)
+    assert [type(each) for each in effects] == [core.Reject, core.Reply, core.Reply]
+    assert {(each.outcome, each.reason) for each in receipts(effects)} == {(Outcome.REJECTED, "norm")}
 
 
 def test_an_earlier_round_is_looked_up() -> None:
@@ -426,11 +481,14 @@ def test_an_earlier_round_is_looked_up() -> None:
     bench.reduce()
     (recall,) = bench.tell(first)
     assert isinstance(recall, core.Recall)
-    known = bench.tell(core.HeadRecalled(first, Outcome.ACCEPTED))
+    known = bench.tell(core.HeadRecalled(first, Verdict(Outcome.ACCEPTED)))
     assert [each.outcome for each in receipts(known)] == [Outcome.ACCEPTED]
     unknown = bench.tell(core.HeadRecalled(first, None))
     assert [each.outcome for each in receipts(unknown)] == [Outcome.LATE]
-    other = bench.tell(core.HeadRecalled(first, Outcome.DUPLICATE))
+    spoilt = bench.tell(core.HeadRecalled(first, Verdict(Outcome.REJECTED, "norm")))
+    assert [(each.outcome, each.reason) for each in receipts(spoilt)] == [(Outcome.REJECTED, "norm")]
+    assert only(spoilt, core.Refuse) == []
+    other = bench.tell(core.HeadRecalled(first, DUPLICATE))
     assert [each.outcome for each in receipts(other)] == [Outcome.DUPLICATE]
 
 
@@ -463,6 +521,142 @@ def test_a_head_that_comes_twice_in_the_batch_that_closes_is_not_late() -> None:
     effects = bench.tell(core.UpdateOpened(last, BODY), core.UpdateOpened(again, BODY))
     assert [each.outcome for each in receipts(effects)] == [Outcome.ACCEPTED]
     assert isinstance(effects[-1], core.Recall)
+
+
+# -- updates in chunks -------------------------------------------------------------------------------------------
+
+
+def asked(effects: list[Effect]) -> list[list[int]]:
+    """The chunks that devices were asked for."""
+    return [each.missing.chunks for each in effects if isinstance(each, core.Ask)]
+
+
+def test_chunks_are_asked_for_and_the_whole_is_opened() -> None:
+    """Nothing is asked before the head is admitted; 64 at once, more at half of them; then the body is there."""
+    bench = Bench()
+    bench.begin()
+    head = bench.head("a", parts=100)
+    assert [type(each) for each in bench.tell(head)] == [core.Admit]
+    effects = bench.tell(core.HeadAdmitted(head))
+    assert asked(effects) == [list(range(64))]
+    assert [(each.device, each.missing.head) for each in effects if isinstance(each, core.Ask)] == [("a", head.digest)]
+    assert bench.chunks(head, *range(31)) == []
+    assert asked(bench.chunks(head, 31)) == [list(range(64, 96))]
+    assert asked(bench.chunks(head, *range(32, 99))) == [list(range(96, 100))]
+    (opened,) = bench.chunks(head, 99)
+    assert isinstance(opened, core.Open)
+    body = opened.received.body
+    assert body is not None and bytes(body) == b"".join(bytes([each]) * CHUNK_MIN for each in range(100))
+    effects = bench.tell(core.UpdateOpened(opened.received, BODY))
+    assert [each.outcome for each in receipts(effects)] == [Outcome.ACCEPTED]
+
+
+def test_a_head_that_comes_again_is_answered_with_what_is_missing() -> None:
+    """Its device came back after a cut: it is verified once, and keeps what has arrived."""
+    bench = Bench()
+    bench.begin()
+    head = bench.head("a", parts=3)
+    bench.tell(head, core.HeadAdmitted(head))
+    bench.chunks(head, 1)
+    again = bench.tell(head)
+    assert [type(each) for each in again] == [core.Ask]
+    assert asked(again) == [[0, 2]]
+    # Two copies in one batch are both verified.
+    assert asked(bench.tell(core.HeadAdmitted(head))) == [[0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("device", "index", "size", "reason"),
+    [
+        ("a", 1, CHUNK_MIN, Reason.UNASKED),
+        ("a", 0, CHUNK_MIN - 1, Reason.BAD_CHUNK),
+        ("a", 0, CHUNK_MIN + 1, Reason.BAD_CHUNK),
+        ("a", 0, 0, Reason.BAD_CHUNK),
+        ("a", 3, CHUNK_MIN, Reason.BAD_CHUNK),
+        ("a", 2**32, CHUNK_MIN, Reason.BAD_CHUNK),
+        ("b", 0, CHUNK_MIN, Reason.UNASKED),
+    ],
+)
+def test_chunks_that_are_not_taken(device: str, index: int, size: int, reason: Reason) -> None:
+    """Repeated, of another length, behind the end, or of somebody else: refused, and nothing has changed."""
+    bench = Bench()
+    bench.begin()
+    head = bench.head("a", parts=3)
+    bench.tell(head, core.HeadAdmitted(head))
+    bench.chunks(head, 1)
+    with pytest.raises(RemoteProtocolError) as caught:
+        bench.tell(core.ChunkReceived(device, head.name, index, bytes(size)))
+    assert caught.value.reason is reason
+    assert asked(bench.tell(head)) == [[0, 2]]
+
+
+def test_a_body_that_can_never_be_collected() -> None:
+    """Larger than the room, or in chunks that are too small: rejected with the reason, and no memory is spent."""
+    bench = Bench()
+    bench.begin()
+    for changed, reason in (({"size": 2**40}, "too_large"), ({"chunk_size": 1}, "bad_chunk")):
+        head = bench.head("a", parts=3)
+        head = replace(head, head=structs.replace(head.head, **changed))
+        effects = bench.tell(head, core.HeadAdmitted(head))
+        assert [(each.outcome, each.reason) for each in receipts(effects)] == [(Outcome.REJECTED, reason)]
+        assert bench.machine.reassembler.size == 0
+
+
+def test_the_end_of_a_round_ends_its_updates_in_chunks() -> None:
+    """Whoever is in the midst of one is told at once, its memory is free, and its chunks are not asked for."""
+    bench = Bench()
+    bench.begin()
+    head = bench.head("d", parts=3)
+    bench.tell(head, core.HeadAdmitted(head))
+    for device in "abc":
+        effects = bench.update(device)
+    assert isinstance(effects[-1], core.Recall) and effects[-1].received == head
+    assert bench.machine.reassembler.size == 0
+    assert [each.outcome for each in receipts(bench.tell(core.HeadRecalled(head, None)))] == [Outcome.LATE]
+    with pytest.raises(RemoteProtocolError):
+        bench.chunks(head, 0)
+
+
+def test_a_newer_manifest_ends_updates_in_chunks() -> None:
+    """They are superseded, and told so; those of other tasks go on."""
+    bench = Bench()
+    bench.begin()
+    head = bench.head("a", parts=3)
+    bench.tell(head, core.HeadAdmitted(head))
+    effects = bench.tell(core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=2))))
+    replies = [wire.unpack(each.receipt.payload, Receipt) for each in effects if isinstance(each, core.Reply)]
+    assert [(each.outcome, each.device) for each in replies] == [(Outcome.SUPERSEDED, "a")]
+    assert bench.machine.reassembler.size == 0
+
+
+def test_a_device_that_had_its_say_is_asked_no_more() -> None:
+    """It trained twice, and sends both: as soon as one is in, the other is a duplicate."""
+    bench = Bench()
+    bench.begin()
+    head = bench.head("a", b"1", parts=3)
+    bench.tell(head, core.HeadAdmitted(head))
+    effects = bench.update("a", b"2")
+    assert [(each.head, each.outcome) for each in receipts(effects)][1:] == [(head.digest, Outcome.DUPLICATE)]
+    assert bench.machine.reassembler.size == 0
+
+
+def test_a_silent_device_is_asked_again_and_then_given_up() -> None:
+    """After a minute it is asked again, after ten it is evicted; it may begin anew."""
+    bench = Bench()
+    bench.begin(RECORDS.message(RECORDS.manifest(deadline=10_000)))
+    head = bench.head("a", parts=3)
+    bench.tell(head, core.HeadAdmitted(head))
+    bench.chunks(head, 1)
+    assert bench.machine.deadline == bench.now.mono + 60
+    assert asked(bench.after(60)) == [[0, 2]]
+    effects: list[Effect] = []
+    while not only(effects, core.Evict):
+        due = bench.machine.deadline
+        assert due is not None and due > bench.now.mono
+        effects = bench.after(due - bench.now.mono)
+    assert bench.now.mono == NOW.mono + 600
+    assert bench.machine.reassembler.size == 0
+    assert asked(bench.tell(head, core.HeadAdmitted(head))) == [[0, 1, 2]]
 
 
 # -- restarts ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """What no broker can bring about on demand: messages that meet in one batch of the aggregator's machine."""
 
+import pytest
+
 from aggregator import coordinator as core
+from shared.errors import Reason, RemoteProtocolError
 from shared.messages import Outcome
 from tests.unit.test_coordinator import BODY, RECORDS, Bench, receipts
 
@@ -10,8 +13,8 @@ def test_an_update_that_opens_after_a_new_manifest_does_not_count_in_its_round()
     bench = Bench()
     bench.begin()
     head = bench.head("a")
-    (opened,) = bench.tell(head)
-    assert isinstance(opened, core.Open)
+    (admit,) = bench.tell(head)
+    assert isinstance(admit, core.Admit)
     bench.tell(core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=2))))
     assert bench.offer.round == head.context.round
     effects = bench.tell(core.UpdateOpened(head, BODY))
@@ -29,3 +32,26 @@ def test_one_update_twice_in_a_batch_is_one_update_and_no_refusal() -> None:
     assert sum(isinstance(each, core.Contribute) for each in effects) == 1
     assert not any(isinstance(each, core.Refuse) for each in effects)
     assert [each.outcome for each in receipts(effects)] == [Outcome.ACCEPTED] * 2
+
+
+def test_a_head_that_is_admitted_after_a_new_manifest_is_not_opened() -> None:
+    """The key of its round is erased by then: opening it would end the daemon."""
+    bench = Bench()
+    bench.begin()
+    head = bench.head("a")
+    bench.tell(head, core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=2))))
+    effects = bench.tell(core.HeadAdmitted(head))
+    assert [type(each) for each in effects] == [core.Refuse, core.Reply]
+
+
+def test_the_last_chunk_of_a_round_that_is_over() -> None:
+    """It comes behind the update that closes the round: nothing is opened with a key that is gone."""
+    bench = Bench()
+    bench.begin()
+    slow = bench.head("d", parts=1)
+    bench.tell(slow, core.HeadAdmitted(slow))
+    for device in "abc":
+        bench.update(device)
+    with pytest.raises(RemoteProtocolError) as caught:
+        bench.chunks(slow, 0)
+    assert caught.value.reason is Reason.UNASKED

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.round import Round
+from aggregator.round import DUPLICATE, Round, Verdict
+from shared.errors import Reason
 from shared.messages import PARTICIPATION_ALL, Outcome, Plan
 from shared.selection import draw
 
@@ -20,15 +21,25 @@ def test_one_update_for_each_device() -> None:
     found = opened()
     assert found.judge("a", b"1") is None
     assert found.accept("a", b"1") == 1
-    assert found.judge("a", b"1") is Outcome.ACCEPTED
-    assert found.judge("a", b"2") is Outcome.DUPLICATE
+    assert found.judge("a", b"1") == Verdict(Outcome.ACCEPTED)
+    assert found.judge("a", b"2") == DUPLICATE
     assert len(found.accepted) == 1
+
+
+def test_a_rejected_device_has_had_its_turn() -> None:
+    """The same head again gets its first answer with its reason, another one is a duplicate; neither counts."""
+    found = opened()
+    found.reject("a", b"1", Reason.NORM)
+    assert found.judge("a", b"1") == Verdict(Outcome.REJECTED, "norm")
+    assert found.judge("a", b"2") == DUPLICATE
+    assert found.judge("b", b"1") is None
+    assert found.accepted == {}
 
 
 def test_only_the_selected() -> None:
     """A device above the participation is told so, whatever it sends."""
     number = draw("points", 1, 1, "a")
-    assert opened(number).judge("a", b"1") is Outcome.NOT_SELECTED
+    assert opened(number).judge("a", b"1") == Verdict(Outcome.NOT_SELECTED, "not_selected")
     assert opened(number + 1).judge("a", b"1") is None
 
 

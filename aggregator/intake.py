@@ -6,6 +6,7 @@ them. What counts is decided there and made durable by the service, never here.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -148,7 +149,7 @@ class Intake:
         if row is None:
             return core.HeadRecalled(received, None)
         same = row.head_digest == received.digest
-        return core.HeadRecalled(received, Verdict(Outcome(row.outcome)) if same else DUPLICATE)
+        return core.HeadRecalled(received, Verdict(Outcome(row.outcome), row.reason) if same else DUPLICATE)
 
     def fold(self, manifest: TaskManifest, number: int, rows: Sequence[Contribution]) -> Fold:
         """The round's fold; made again from rows and blobs where memory does not hold exactly what the rows say."""
@@ -217,8 +218,27 @@ def where(context: UpdateContext) -> dict[str, object]:
     return {"task": context.task, "round": context.round, "device": context.device}
 
 
-def row(effect: core.Contribute, now: float) -> Contribution:
+def counted(effect: core.Contribute, now: float) -> Contribution:
     """The row that makes an update count."""
+    row = _row(effect, now)
+    return replace(
+        row,
+        seq=effect.sequence,
+        weight=effect.weight,
+        examples=effect.body.examples,
+        holdout=effect.body.holdout,
+        metrics=effect.body.metrics,
+        head=effect.received.signed,
+        body=effect.received.head.sha256,
+    )
+
+
+def rejected(effect: core.Reject, now: float) -> Contribution:
+    """The row that says why a device's update does not count; its head and body are kept nowhere."""
+    return replace(_row(effect, now), outcome=Outcome.REJECTED.value, reason=effect.reason.value)
+
+
+def _row(effect: core.Contribute | core.Reject, now: float) -> Contribution:
     received = effect.received
     context = received.context
     return Contribution(
@@ -228,12 +248,12 @@ def row(effect: core.Contribute, now: float) -> Contribution:
         device=context.device,
         collected_in=context.round,
         head_digest=received.digest,
-        seq=effect.sequence,
-        weight=effect.weight,
-        examples=effect.body.examples,
-        holdout=effect.body.holdout,
-        metrics=effect.body.metrics,
-        head=received.signed,
-        body=received.head.sha256,
+        seq=0,
+        weight=0.0,
+        examples=0,
+        holdout=0,
+        metrics={},
+        head=b"",
+        body=b"",
         at=now,
     )

@@ -256,7 +256,9 @@ class Service:
                             effect.extensions,
                         )
                     case core.Contribute():
-                        rows.append(intake.row(effect, now))
+                        rows.append(intake.counted(effect, now))
+                    case core.Reject():
+                        rows.append(intake.rejected(effect, now))
                     case core.StoreRelease(release=release):
                         self._store.add_release(
                             release.task,
@@ -459,6 +461,7 @@ _DURABLE = (
     core.OpenRound,
     core.ReviseRound,
     core.Contribute,
+    core.Reject,
     core.StoreRelease,
     core.AbandonRound,
 )
@@ -495,6 +498,7 @@ def _restore(stored: StoredTask, now: Instant) -> Task:
         found.extensions,
         {row.device: row.head_digest for row in stored.contributions},
         max((row.seq for row in stored.contributions), default=0),
+        {row.device: (row.head_digest, row.reason) for row in stored.rejected},
     )
     if found.state == "open":
         task.round = current

@@ -18,7 +18,7 @@ from msgspec import structs
 
 from aggregator import ca
 from shared import identity, sealing, wire
-from shared.messages import DeviceStatus, Outcome, Receipt, UpdateHead
+from shared.messages import DeviceStatus, Outcome, Receipt, UpdateContext, UpdateHead
 from tests.broker.broker import Peer
 from tests.forgery import SERVER, forge
 from tests.hostile import records
@@ -255,6 +255,12 @@ REJECTED: dict[str, tuple[Callable[[Attack], Update], str, Outcome]] = {
 }
 """Heads that decode: each gets a receipt."""
 
+OPENED = {
+    *("sealed_badly", "not_finite", "norm", "metrics"),
+    *("wrong_type", "not_msgpack", "empty"),  # of what is sealed
+}
+"""Reasons that only the bytes inside a body give."""
+
 REFUSED: dict[str, tuple[Callable[[Attack], Update | bytes], str]] = {
     "another_name_in_the_context": (lambda a: a.update(context={"device": "live-1"}), "wrong_device"),
     "a_service_in_the_context": (lambda a: a.update(context={"device": "_agg-0"}), "wrong_type"),
@@ -324,7 +330,22 @@ def rejects(site: Site, device: Device, bad: Update, reason: str, outcome: Outco
     (answer,) = receipts
     assert (answer.outcome, answer.reason, answer.device) == (outcome, reason, device.name)
     assert answer.head == sha256(bad.head).digest()
-    assert site.snapshot() == before
+    after = site.snapshot()
+    if outcome is Outcome.REJECTED and was_opened(bad, reason):
+        # All that changes is that the device has had its say in this round: it hears the same again.
+        (row,) = set(after.rows["contributions"]) - set(before.rows["contributions"])
+        assert f"'{device.name}'" in row and "'rejected', 0, 0.0, 0, 0, b'\\x80', b'', b''" in row
+        after.rows["contributions"].remove(row)
+        again: list[Receipt] = []
+        assert site.provoke(lambda: again.extend(site.send(device, bad)), silent=True) == []
+        assert again == receipts
+    assert after == before
+
+
+def was_opened(bad: Update, reason: str) -> bool:
+    """Whether an update was refused for what is sealed in it."""
+    context = wire.unpack(wire.unpack(bad.head, UpdateHead).context, UpdateContext)
+    return reason in OPENED or (reason == "wrong_dimension" and context.dimension == DIMENSION)
 
 
 @pytest.mark.parametrize("case", REFUSED)

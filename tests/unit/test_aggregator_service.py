@@ -18,7 +18,7 @@ from shared import identity, wire
 from shared.chunks import CHUNK_MIN
 from shared.driver import read_clock
 from shared.errors import ConfigError, Reason
-from shared.messages import Missing, Plan, RoundOffer, UpdateHead, UpdateMessage
+from shared.messages import Missing, Outcome, Plan, Receipt, RoundOffer, Signed, UpdateHead, UpdateMessage
 from shared.mqtt import LinkUp, Message
 from shared.topics import RELEASE, Topics
 from tests.hostile import records
@@ -49,17 +49,40 @@ class Bench:
             state=settings.State(directory=folder / "state"),
             trust=structs.replace(loaded.trust, deny=self.deny),
         )
-        self.service = Service(loaded, now)
         self.publications: list[tuple[str, bytes]] = []
-        self.service._link.publish = self._published  # type: ignore[method-assign]
+        self.service = self._start(loaded)
         self.topics = Topics(loaded.broker.prefix)
         self._keys = records.Keys(
             identity.load_signing_key(folder / "fleet" / "publisher" / "publisher.key"),
             identity.load_signing_key(folder / "fleet" / "aggregator" / "signing.key"),
             identity.load_signing_key(folder / "fleet" / "root" / "root.key"),
         )
-        self.batch(LinkUp(False, None), self.message(self.topics.device_status("sensor-1"), wire.pack(status())))
+        self.connect()
         self.adopt(1)
+
+    def _start(self, loaded: settings.AggregatorConfig) -> Service:
+        service = Service(loaded, read_clock())
+        service._link.publish = self._published  # type: ignore[method-assign]
+        return service
+
+    def connect(self) -> None:
+        """The link comes up, and what the broker retains arrives."""
+        self.batch(LinkUp(False, None), self.message(self.topics.device_status("sensor-1"), wire.pack(status())))
+
+    def restart(self) -> None:
+        """As after kill -9: nothing but the folder is left."""
+        self.service._store.close()
+        self.service._lock.close()  # type: ignore[attr-defined]
+        self.service = self._start(self.service._config)
+        self.connect()
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        """What the device was told, since this was read last."""
+        topic = self.topics.command(self.device.name, "receipt")
+        taken, self.publications[:] = list(self.publications), []
+        signed = [wire.unpack(payload, Signed) for where, payload in taken if where == topic]
+        return [wire.unpack(each.payload, Receipt) for each in signed]
 
     def _published(self, topic: str, payload: bytes | bytearray, *, qos: int = 1, retain: bool = False) -> int:
         self.publications.append((topic, bytes(payload)))
@@ -281,6 +304,38 @@ def test_a_round_whose_updates_are_damaged_on_disk_is_given_up(bench: Bench) -> 
     assert bench.offer.round == 2
     assert bench.service._coordinator.tasks[TASK].release.number == 0
     assert bench.service._refused[Reason.WRONG_DIGEST.value] == 1
+
+
+def test_a_rejection_is_remembered(bench: Bench) -> None:
+    """The identical head gets its reason again, after a restart and a round's end too; another is a duplicate."""
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600))
+    bad = records.update(bench.device, bench.offer, delta=spike(records.CLIP * 2))
+    bench.batch(bench.sent(bad))
+    (first,) = bench.receipts
+    assert (first.outcome, first.reason) == (Outcome.REJECTED, "norm")
+    bench.restart()
+    good = records.update(bench.device, bench.offer)
+    bench.batch(bench.sent(bad), bench.sent(good))
+    again, other = bench.receipts
+    assert (again, other.outcome, bench.updates) == (first, Outcome.DUPLICATE, 0)
+    bench.batch(bench.sent(records.update(bench.other, bench.offer), bench.other))
+    assert bench.offer.round == 2
+    bench.receipts.clear()
+    bench.batch(bench.sent(bad), bench.sent(good))
+    again, other = bench.receipts
+    assert (again, other.outcome) == (first, Outcome.DUPLICATE)
+
+
+def test_a_rejected_body_that_is_a_blob_of_ours(bench: Bench) -> None:
+    """A device may send the weights themselves as its body: they must not go when its round's bodies do."""
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600))
+    release = bench.service._coordinator.tasks[TASK].release
+    weights = bench.service._blobs.get(release.weights.sha256)
+    head = {"size": len(weights), "sha256": release.weights.sha256}
+    bench.batch(bench.sent(replace(records.update(bench.device, bench.offer, head=head), body=weights)))
+    assert [each.reason for each in bench.receipts] == ["sealed_badly"]
+    bench.adopt(3)
+    assert bench.service._blobs.get(release.weights.sha256) == weights
 
 
 # -- bodies in chunks --------------------------------------------------------------------------------------------

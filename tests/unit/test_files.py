@@ -57,6 +57,7 @@ def test_a_full_disk_keeps_the_old(tmp_path: Path) -> None:
     try:
         with pytest.raises(OSError):
             write_durably(path, b"new and far too long")
+        assert os.listdir(tmp_path) == ["state"]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"old"

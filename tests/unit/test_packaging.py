@@ -47,6 +47,7 @@ SHELL = {
     "aggregator.config",
     "aggregator.distribution",
     "aggregator.export",
+    "aggregator.journal",
     "aggregator.intake",
     "aggregator.model",
     "aggregator.ports",

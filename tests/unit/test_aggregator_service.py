@@ -311,8 +311,8 @@ def test_a_rejection_is_remembered(bench: Bench) -> None:
     assert (first.outcome, first.reason) == (Outcome.REJECTED, "norm")
     bench.restart()
     good = records.update(bench.device, bench.offer)
-    bench.batch(bench.sent(bad), bench.sent(good))
-    again, other = bench.receipts
+    bench.batch(bench.sent(good), bench.sent(bad))
+    other, again = bench.receipts
     assert (again, other.outcome, bench.updates) == (first, Outcome.DUPLICATE, 0)
     bench.batch(bench.sent(records.update(bench.other, bench.offer), bench.other))
     assert bench.offer.round == 2

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
 
+from shared import chunks
 from shared.errors import Reason, RemoteProtocolError
 from shared.messages import BlobRef
 
@@ -55,6 +56,12 @@ class Fetch:
     def left(self) -> int:
         """Chunks that have not come."""
         return len(self._waiting) + len(self._asked)
+
+    @property
+    def bytes_left(self) -> int:
+        """Their bytes together."""
+        spans = (chunks.span(self.blob.size, self.blob.chunk_size, index) for index in (*self._waiting, *self._asked))
+        return sum(end - start for start, end in spans)
 
     @property
     def deadline(self) -> float | None:

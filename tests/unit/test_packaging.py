@@ -35,6 +35,7 @@ SHELL = {
     "edge_agent.control",
     "edge_agent.data",
     "edge_agent.interpreter",
+    "edge_agent.outbox",
     "edge_agent.schedule",
     "edge_agent.sensors",
     "edge_agent.service",

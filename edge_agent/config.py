@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from edge_agent.eligibility import Bytes, Policy, Seconds
 from shared import config
+from shared.chunks import INLINE_MAX
 from shared.config import BrokerSection, LogSection, ReadableFile, Section
 from shared.errors import ConfigError
 from shared.messages import Name
@@ -27,6 +28,8 @@ class Broker(BrokerSection, frozen=True):
     """PEM; the certificate's common name is the device's name."""
     connect_timeout: Annotated[int, Meta(ge=1, le=300)] = 20
     """Seconds for TCP and TLS: mobile links take long to wake."""
+    inline_max: Annotated[int, Meta(ge=0, le=1 << 30)] = INLINE_MAX
+    """Bytes up to which an update's body rides along with its head; larger ones go in the chunks that are asked for."""
 
 
 class Device(Section, frozen=True):
@@ -38,6 +41,10 @@ class Device(Section, frozen=True):
     """What must survive a reboot: highest versions, newest release, updates on their way."""
     run_dir: Path = Path("/run/fieldfare-agent")
     """The socket of `edge-agent status`."""
+    outbox_updates: Annotated[int, Meta(ge=1, le=1024)] = 16
+    """Updates that wait for the aggregator's answer at most; the oldest makes room."""
+    outbox_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40)] = 256 << 20
+    """Bytes of their bodies together, the newest apart: the disk is the owner's."""
     sys_root: Path = Path("/sys")
     proc_root: Path = Path("/proc")
     """Where power, temperature, pressure and memory are read; other roots are for tests and demonstrations."""

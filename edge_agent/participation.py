@@ -4,24 +4,31 @@ It holds the device's side of every rule about signed records (shared.trust): ve
 highest position it has accepted; older or forked is refused. It trains on an open offer for the release it holds, when
 it is selected and nothing stands in the way, one job at a time.
 
-    job: none -> training -> sent -> (receipt, or the round is over) -> none
+    release: verified -> (weights in chunks: coming, see edge_agent.download) -> accepted
+    job: none -> training -> sealed, see edge_agent.delivery -> none
 
 It must never touch a socket, a disk, a clock or a private key: the shell signs heads and keeps files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import assert_never
 
+from edge_agent import download
+from edge_agent.delivery import Delivery, DropUpdate, Update
+from edge_agent.delivery import Effect as DeliveryEffect
+from edge_agent.download import Coming, Downloads
 from edge_agent.eligibility import DeviceFacts, Gatekeeper, Obstacle, Policy, obstacles
 from edge_agent.jobs import Done, Failed, Progress
-from shared import signing, trust, wire
+from shared import chunks, signing, trust, wire
 from shared.errors import Reason, RemoteProtocolError
-from shared.layout import dimension
+from shared.layout import dimension, size_bytes
 from shared.machine import Instant, Tick
 from shared.messages import (
+    BlobRef,
     DeviceStatus,
+    Missing,
     OfferState,
     Outcome,
     Release,
@@ -31,6 +38,7 @@ from shared.messages import (
     TaskManifest,
     UpdateContext,
     UpdateHead,
+    Version,
 )
 from shared.opset import OPSET_VERSION
 from shared.selection import draw
@@ -43,8 +51,10 @@ STATUS_BURST, STATUS_INTERVAL, STATUS_REFRESH = 3, 300.0, 6 * 3600.0
 """Status messages at once, seconds until one more is allowed, seconds after which it is said again."""
 PROGRESS_INTERVAL = 10.0
 """Seconds between two lines about a training that goes on; one that takes less is told by its start and end."""
-RESEND_SPREAD = 5.0
-"""Seconds over which devices spread what they send again when an aggregator is back."""
+OUTBOX_COUNT, OUTBOX_BYTES = 16, 256 << 20
+"""Updates, and bytes of their bodies, that wait for an answer at most."""
+HEADER_MAX = 16 << 20
+"""Bytes that weights may have beside the tensors."""
 RETRY_FIRST, RETRY_MAX = 60.0, 3600.0
 """Seconds before a failed job is tried again; doubles."""
 
@@ -53,7 +63,9 @@ RETRY_FIRST, RETRY_MAX = 60.0, 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The broker is there; it sends what is retained."""
+    """The broker is there; it sends what is retained, and takes packets of at most so many bytes (None: any)."""
+
+    packet_max: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +97,36 @@ class ReceiptArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class MissingArrived:
+    """A request for chunks on this device's topic."""
+
+    missing: Missing
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkTaken:
+    """What became of a chunk of the update with this head: acknowledged by the broker, or not sent."""
+
+    head: bytes
+    index: int
+    acknowledged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateLost:
+    """The body of the update with this head cannot be read any more."""
+
+    head: bytes
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class AggregatorSaid:
-    """An aggregator is there, or has left."""
+    """The aggregator of a shard is there, or has left."""
 
     online: bool
+    shard: int = 0
+    session: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +167,10 @@ Event = (
     | ReleaseArrived
     | OfferArrived
     | ReceiptArrived
+    | MissingArrived
+    | ChunkTaken
+    | UpdateLost
+    | download.Event
     | AggregatorSaid
     | Sensed
     | Wake
@@ -137,23 +179,6 @@ Event = (
     | TrainerGone
     | Tick
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """An update on its way: `position` is its (manifest version, round), `id` names its body in the outbox."""
-
-    id: str
-    task: str
-    position: tuple[int, int]
-    head: bytes
-    digest: bytes
-    shards: int
-
-    @property
-    def round(self) -> int:
-        """The round that it was made for."""
-        return self.position[1]
 
 
 # -- effects -----------------------------------------------------------------------------------------------------
@@ -238,26 +263,12 @@ class TrainingFinished:
 
 
 @dataclass(frozen=True, slots=True)
-class SendUpdate:
-    """Sign the head, publish it with its body; the same head again whenever this comes again."""
-
-    sent: Sent
-
-
-@dataclass(frozen=True, slots=True)
 class Settled:
-    """The aggregator has answered an update: remember its round as done, its body can go."""
+    """The aggregator has answered an update: remember its round as done, its files can go."""
 
-    sent: Sent
+    update: Update
     outcome: Outcome
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class DropUpdate:
-    """An update that nobody answered and that can count no more: its body can go."""
-
-    sent: Sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +302,8 @@ class PublishStatus:
     eligible: bool
     obstacles: tuple[str, ...]
     datasets: tuple[str, ...]
+    protocol: Version
+    """What it understands, as far as it has met it."""
 
 
 Effect = (
@@ -302,9 +315,9 @@ Effect = (
     | TrainingFailed
     | RestTrainer
     | TrainingFinished
-    | SendUpdate
+    | DeliveryEffect
     | Settled
-    | DropUpdate
+    | download.Effect
     | ForgetTask
     | ShowProgress
     | EligibilityChanged
@@ -329,7 +342,9 @@ class Task:
     waiting_offer: Signed | None = None
     """An offer of a manifest that has not come yet, or is gone."""
     worked: tuple[int, int] = (0, 0)
-    """(manifest version, round) of the newest update made; on disk once the aggregator has answered it."""
+    """(manifest version, round) of the newest update made."""
+    settled: tuple[int, int] = (0, 0)
+    """Of the newest one that was answered; this is on disk."""
     start_at: float = 0.0
     """Monotonic seconds before which this round's training does not start."""
     failures: int = 0
@@ -362,6 +377,10 @@ class Participation:
     """Seconds after which a job is given up."""
     idle_exit: float
     """Seconds that the trainer child stays without work."""
+    inline_max: int = chunks.INLINE_MAX
+    """Bytes up to which a body rides along with its head."""
+    outbox_count: int = OUTBOX_COUNT
+    outbox_bytes: int = OUTBOX_BYTES
     tasks: dict[str, Task] = field(default_factory=dict)
     connected: bool = False
     obstacles: tuple[Obstacle, ...] = ()
@@ -369,14 +388,16 @@ class Participation:
     work: Work | None = None
     progress: Progress | None = None
     last_trained: float | None = None
+    protocol: Version = 1
+    """The newest version of a manifest or release that this device has verified."""
+    downloads: Downloads = field(init=False)
+    delivery: Delivery = field(init=False)
+    _packet_max: int | None = None
     _gate: Gatekeeper = field(init=False)
     _bad_data: set[str] = field(default_factory=set)
     _warm_until: float | None = None
     _next_start: float | None = None
     """Monotonic seconds at which a job that is only waiting for its start time can begin."""
-    _sent: dict[bytes, Sent] = field(default_factory=dict)
-    """Updates that the aggregator has not answered, by the digest of their head."""
-    _resend_at: float | None = None
     _early: dict[str, Signed] = field(default_factory=dict)
     """The newest offer of tasks that no release has come of; the oldest makes room."""
     _said: PublishStatus | None = None
@@ -388,6 +409,24 @@ class Participation:
 
     def __post_init__(self) -> None:
         self._gate = Gatekeeper(self.policy)
+        self.downloads = Downloads(self.random)
+        self.delivery = Delivery(self.device, self.random, self.outbox_count, self.outbox_bytes)
+
+    def restore(self, tasks: Iterable[Task], updates: Iterable[Update], now: Instant) -> list[Effect]:
+        """Take up what an earlier process stored; before any event."""
+        for task in tasks:
+            self.tasks[task.name] = task
+            for record in (task.manifest, task.release):
+                self._meet(1 if record is None else record.v)
+        effects: list[Effect] = []
+        for update in updates:
+            if update.task in self.tasks and update.position == self.tasks[update.task].settled:
+                effects.append(DropUpdate(update, "answered"))  # only its files were left
+            else:
+                effects += self.delivery.resume(update, now.mono)
+        for task in self.tasks.values():
+            task.worked = max(task.settled, self.delivery.newest(task.name))
+        return effects
 
     @property
     def eligible(self) -> bool:
@@ -401,7 +440,8 @@ class Participation:
         if self._gate.deadline is None:
             wanted.append(0.0)
         wanted.append(self._next_start if self.work is None else self.work.deadline)
-        wanted += [self._speak_at, self._resend_at] if self.connected else []
+        wanted += [self._speak_at] if self.connected else []
+        wanted += [self.downloads.deadline, self.delivery.deadline]
         return min((each for each in wanted if each is not None), default=None)
 
     def handle(self, event: Event, now: Instant) -> list[Effect]:
@@ -411,11 +451,13 @@ class Participation:
 
     def _react(self, event: Event, now: Instant) -> list[Effect]:
         match event:
-            case Connected():
-                self.connected, self._said = True, None
-                return []
+            case Connected(packet_max=packet_max):
+                self.connected, self._said, self._packet_max = True, None, packet_max
+                return [*self.downloads.connected(now.mono), *self.delivery.connected(now.mono)]
             case Disconnected():
                 self.connected = False
+                self.downloads.disconnected()
+                self.delivery.disconnected()
                 return []
             case ReleaseArrived(task=name, message=message):
                 return self._release_arrived(name, message, now)
@@ -423,9 +465,18 @@ class Participation:
                 return self._offer_arrived(name, signed, now)
             case ReceiptArrived(signed=signed):
                 return self._receipt_arrived(signed)
-            case AggregatorSaid(online=online):
-                if online and self._sent:
-                    self._resend_at = now.mono + RESEND_SPREAD * int.from_bytes(self.random(4), "big") / 2**32
+            case MissingArrived(missing=missing):
+                return [*self.delivery.missing(missing.head, missing.chunks, now.mono)]
+            case ChunkTaken():
+                return [*self.delivery.taken(event.head, event.index, event.acknowledged, now.mono)]
+            case UpdateLost(head=head):
+                return self._lost(head, now)
+            case download.Whole():
+                return self._whole(event, now)
+            case download.SpoolRead() | download.ChunkArrived() | download.SpoolFailed():
+                return [*self.downloads.handle(event, now.mono)]
+            case AggregatorSaid(online=online, shard=shard, session=session):
+                self.delivery.aggregator(shard, session, online, now.mono)
                 return []
             case Sensed(facts=facts):
                 return self._sensed(facts, now)
@@ -455,9 +506,9 @@ class Participation:
         if self._warm_until is not None and self.work is None and self._warm_until <= now.mono:
             self._warm_until = None
             effects.append(RestTrainer())
-        if self.connected and self._resend_at is not None and self._resend_at <= now.mono:
-            self._resend_at = None
-            effects += [SendUpdate(sent) for sent in self._sent.values()]
+        effects += self.downloads.tick(now.mono)
+        effects += self.delivery.expire(now.utc, now.mono)
+        effects += self.delivery.tick(now.mono)
         if self._refresh_at is not None and self._refresh_at <= now.mono:
             self._said = None
             # They may have been mended since, and only a round can tell.
@@ -480,19 +531,47 @@ class Participation:
                 trust.parts(message.graphs, message.weights, manifest, release)
             return []
         _, weights = trust.model(message, manifest, release)
+        coming = Coming(name, message, manifest, release, manifest_position, position)
         if weights is None:
-            raise RemoteProtocolError(Reason.MISSING_PART, f"release {release.number} without its weights")
+            return self._comes(coming, now)
         effects = self._make_room(name, now)
+        older = self.downloads.get(name)
+        if older is not None and older.position.rank <= position.rank:
+            effects += self.downloads.discard(name)
+        return effects + self._accept(coming, now)
+
+    def _comes(self, coming: Coming, now: Instant) -> list[Effect]:
+        """A release that is verified, and accepted once its weights are here."""
+        _bounded(coming.release.weights, coming.manifest)
+        if not self.downloads.wants(coming):
+            return []
+        effects = self._make_room(coming.task, now)
+        self._meet(max(coming.manifest.v, coming.release.v))
+        return effects + self.downloads.add(coming)
+
+    def _whole(self, event: download.Whole, now: Instant) -> list[Effect]:
+        coming, then = self.downloads.whole(event)
+        accepted = [] if coming is None else self._accept(coming, now)
+        return [*accepted, *then]
+
+    def _accept(self, coming: Coming, now: Instant) -> list[Effect]:
+        """A release becomes the newest of its task: all of it is here and verified."""
+        name, manifest = coming.task, coming.manifest
+        task = self.tasks.get(name) or Task(name, worked=self.delivery.newest(name))
+        effects: list[Effect] = []
         waiting = task.waiting_offer if task.offer is None or task.manifest != manifest else None
         waiting = waiting or self._early.pop(name, None)
         if task.manifest != manifest:
             task.offer, task.failures = None, 0
             effects += self._give_up(name, "superseded", now)
-        task.manifest_signed, task.manifest, task.release = message.manifest, manifest, release
-        task.manifest_position, task.release_position = manifest_position, position
+            effects += self.delivery.outdated(name, (manifest.version, 0), 0)
+        task.manifest_signed, task.manifest, task.release = coming.message.manifest, manifest, coming.release
+        task.manifest_position, task.release_position = coming.manifest_position, coming.position
         task.waiting_offer = None
         self.tasks[name] = task
-        effects.append(KeepRelease(name, manifest, release, message, manifest_position, position))
+        self._meet(max(manifest.v, coming.release.v))
+        message = coming.message
+        effects.append(KeepRelease(name, manifest, coming.release, message, coming.manifest_position, coming.position))
         if waiting is not None:
             try:
                 effects += self._offer_arrived(name, waiting, now)
@@ -500,6 +579,9 @@ class Participation:
                 # It belonged to an older manifest; the aggregator's next one comes by itself.
                 task.waiting_offer = None
         return effects
+
+    def _meet(self, version: Version) -> None:
+        self.protocol = max(self.protocol, version)
 
     def _offer_arrived(self, name: str, signed: Signed, now: Instant) -> list[Effect]:
         task = self.tasks.get(name)
@@ -532,7 +614,8 @@ class Participation:
         if offer.state is not OfferState.OPEN or (before is not None and before.round != offer.round):
             # A device that was away hears of the next round, and never that its own was closed.
             effects += self._give_up(name, "round_over", now)
-        return effects + self._outdated(name, (task.manifest.version, offer.round))
+        staleness = task.manifest.plan.max_staleness
+        return effects + self.delivery.outdated(name, (task.manifest.version, offer.round), staleness)
 
     def _give_up(self, name: str, why: str, now: Instant) -> list[Effect]:
         """End what is trained for this task, if anything: it would not count any more. The child stays warm."""
@@ -542,25 +625,17 @@ class Participation:
         self._rest(now)
         return [effect]
 
-    def _outdated(self, name: str, position: tuple[int, int]) -> list[Effect]:
-        """Give up the updates of a task that are older than this and were never answered."""
-        return self._drop([sent for sent in self._sent.values() if sent.task == name and sent.position < position])
-
-    def _drop(self, updates: Sequence[Sent]) -> list[Effect]:
-        for sent in updates:
-            del self._sent[sent.digest]
-        return [DropUpdate(sent) for sent in updates]
-
     def _make_room(self, name: str, now: Instant) -> list[Effect]:
         """A place for one more task: a free one, or that of a task whose manifest has expired."""
-        if name in self.tasks or len(self.tasks) < TASKS_MAX:
+        names = self.tasks.keys() | set(self.downloads.tasks)
+        if name in names or len(names) < TASKS_MAX:
             return []
         for other in self.tasks.values():
             busy = self.work is not None and self.work.task == other.name
             if not busy and (other.manifest is None or now.utc >= other.manifest.expires):
                 del self.tasks[other.name]
-                late = [sent for sent in self._sent.values() if sent.task == other.name]
-                return [*self._drop(late), ForgetTask(other.name)]
+                late = [*self.downloads.discard(other.name), *self.delivery.forget(other.name)]
+                return [*late, ForgetTask(other.name)]
         raise RemoteProtocolError(Reason.TOO_LARGE, f"this device follows {TASKS_MAX} tasks already")
 
     def _receipt_arrived(self, signed: Signed) -> list[Effect]:
@@ -575,11 +650,23 @@ class Participation:
                 continue
             if found.device != self.device:
                 raise RemoteProtocolError(Reason.WRONG_DEVICE, f"a receipt for {found.device}")
-            sent = self._sent.pop(found.head, None)
-            if sent is None:
+            update = self.delivery.answered(found.head)
+            if update is None:
                 return []
-            return [Settled(sent, found.outcome, found.reason)]
+            task.settled = max(task.settled, update.position)
+            return [Settled(update, found.outcome, found.reason)]
         raise error
+
+    def _lost(self, head: bytes, now: Instant) -> list[Effect]:
+        """Its round can be trained once more, after a while."""
+        effects: list[Effect] = []
+        for dropped in self.delivery.lost(head):
+            effects.append(dropped)
+            task = self.tasks.get(dropped.update.task)
+            if task is not None:
+                task.worked = max(task.settled, self.delivery.newest(task.name))
+                task.start_at = max(task.start_at, now.mono + RETRY_FIRST)
+        return effects
 
     # -- eligibility --
 
@@ -676,27 +763,50 @@ class Participation:
 
     def _done(self, work: Work, done: Done, now: Instant) -> list[Effect]:
         task = self.tasks[work.task]
-        head = wire.pack(
-            UpdateHead(
-                v=1,
-                context=work.context,
-                encapsulation=done.encapsulation,
-                size=done.size,
-                sha256=done.sha256,
-                chunk_size=0,
-                certificate=self.certificate,
-                shares=[],
-            )
-        )
-        digest = sha256(head).digest()
-        version = task.manifest.version if task.manifest is not None else 0
-        task.worked, task.failures = (version, work.offer.round), 0
-        self._bad_data -= {task.manifest.data.dataset} if task.manifest is not None else set()
+        manifest = task.manifest
+        assert manifest is not None  # a task without one has no work
+        head, chunk_size = self._head(work, done)
+        task.worked, task.failures = (manifest.version, work.offer.round), 0
+        self._bad_data -= {manifest.data.dataset}
         self._rest(now)
-        sent = Sent(work.id, work.task, task.worked, head, digest, work.offer.shards)
-        effects = self._outdated(work.task, task.worked)
-        self._sent[digest] = sent
-        return [*effects, TrainingFinished(work.task, work.offer.round, done), SendUpdate(sent)]
+        update = Update(
+            work.id,
+            work.task,
+            task.worked,
+            head,
+            sha256(head).digest(),
+            work.offer.shards,
+            done.size,
+            chunk_size,
+            manifest.expires,
+        )
+        effects: list[Effect] = [TrainingFinished(work.task, work.offer.round, done)]
+        effects += self.delivery.outdated(work.task, task.worked, manifest.plan.max_staleness)
+        return effects + self.delivery.keep(update, now.mono)
+
+    def _head(self, work: Work, done: Done) -> tuple[bytes, int]:
+        """The head of a sealed body and the size of the chunks in which that travels; 0: it rides along."""
+
+        def packed(chunk_size: int) -> bytes:
+            return wire.pack(
+                UpdateHead(
+                    v=2 if chunk_size else 1,
+                    context=work.context,
+                    encapsulation=done.encapsulation,
+                    size=done.size,
+                    sha256=done.sha256,
+                    chunk_size=chunk_size,
+                    certificate=self.certificate,
+                    shares=[],
+                )
+            )
+
+        whole = packed(0)
+        packet = done.size + len(whole) + 2 * chunks.PACKET_ROOM
+        if done.size <= self.inline_max and (self._packet_max is None or packet <= self._packet_max):
+            return whole, 0
+        chunk_size = chunks.chunk_size(self._packet_max)
+        return packed(chunk_size), chunk_size
 
     def _failed(self, reason: str, detail: str, now: Instant) -> list[Effect]:
         work = self.work
@@ -725,7 +835,7 @@ class Participation:
     def _status(self) -> PublishStatus:
         names = tuple(dict.fromkeys(obstacle.name.value for obstacle in self.obstacles))
         names += ("data",) if self._bad_data else ()
-        return PublishStatus(self.eligible, names, tuple(sorted(self.datasets - self._bad_data)))
+        return PublishStatus(self.eligible, names, tuple(sorted(self.datasets - self._bad_data)), self.protocol)
 
     def _speak(self, now: Instant) -> list[Effect]:
         if not self.connected or self.facts is None:
@@ -751,7 +861,7 @@ class Participation:
 def status(said: PublishStatus, session: bytes, now: float) -> DeviceStatus:
     """The message for what was decided to be said."""
     return DeviceStatus(
-        v=1,
+        v=said.protocol,
         session=session,
         online=True,
         version=VERSION,
@@ -761,3 +871,10 @@ def status(said: PublishStatus, session: bytes, now: float) -> DeviceStatus:
         datasets=list(said.datasets),
         sent=int(now),
     )
+
+
+def _bounded(weights: BlobRef, manifest: TaskManifest) -> None:
+    """Refuse weights that are larger than the layout can be: the disk is the device owner's."""
+    most = sum(map(size_bytes, manifest.layout)) + HEADER_MAX
+    if weights.size > most:
+        raise RemoteProtocolError(Reason.TOO_LARGE, f"weights of {weights.size} bytes for a layout of {most}")

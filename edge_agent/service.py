@@ -11,32 +11,51 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import assert_never
+from typing import Literal, assert_never
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from edge_agent import delivery, download, sensors
 from edge_agent import participation as core
-from edge_agent import sensors
 from edge_agent.child import Settings, Trainer, TrainerExited, TrainerSaid, TrainerWrote, rss
 from edge_agent.config import AgentConfig, zone
 from edge_agent.control import ControlRequest, ControlServer
+from edge_agent.delivery import Waiting
+from edge_agent.download import Downloads
 from edge_agent.jobs import Done, Job, Source
+from edge_agent.outbox import Damaged, Outbox
 from edge_agent.participation import Effect, Participation, Task
 from edge_agent.schedule import Schedule, WindowEdge
 from edge_agent.sensors import Sensors
 from edge_agent.store import Kept, Store
-from shared import identity, logs, wire
+from shared import chunks, identity, logs, wire
 from shared.driver import Driver, Mailbox, on_termination, read_clock
-from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, RemoteProtocolError, TrainingError
+from shared.errors import (
+    ConfigError,
+    LinkError,
+    LocalProtocolError,
+    Reason,
+    RemoteProtocolError,
+    StorageError,
+    TrainingError,
+)
 from shared.events import Event
 from shared.logs import tell
 from shared.machine import Instant, Tick
-from shared.messages import AggregatorStatus, DeviceStatus, Release, ReleaseMessage, Signed, TaskManifest, UpdateMessage
+from shared.messages import (
+    AggregatorStatus,
+    DeviceStatus,
+    Missing,
+    Release,
+    ReleaseMessage,
+    Signed,
+    TaskManifest,
+    UpdateMessage,
+)
 from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will, tls
 from shared.selection import shard
 from shared.systemd import ServiceManager
-from shared.topics import TASK_RELEASES, TASK_ROUNDS, Topics, is_name, parse_task
+from shared.topics import TASK_RELEASES, TASK_ROUNDS, Topics, is_name, parse_task, task_release
 from shared.trust import Trust
 from shared.version import VERSION
 
@@ -64,6 +83,7 @@ class Service:
         self._key = identity.load_key(config.broker.key)
         self._topics = Topics(config.broker.prefix)
         self._store = Store(config.device.state_dir)
+        self._outbox = Outbox(self._store.outbox)
         self._zone = zone(config.policy.timezone)
         self._sensors = Sensors(config.device.sys_root, config.device.proc_root, config.device.state_dir, self._zone)
         self._participation = Participation(
@@ -75,13 +95,10 @@ class Service:
             random=os.urandom,
             timeout=config.trainer.timeout,
             idle_exit=config.trainer.idle_exit,
+            inline_max=config.broker.inline_max,
+            outbox_count=config.device.outbox_updates,
+            outbox_bytes=config.device.outbox_bytes,
         )
-        for kept in self._store.load():
-            task = restored(kept, self._participation.trust, now.utc)
-            if task is None:
-                self._store.forget(kept.name)
-            else:
-                self._participation.tasks[kept.name] = task
         self.mailbox: Mailbox[ServiceEvent] = Mailbox()
         self._threads = config.trainer.threads or max(1, len(os.sched_getaffinity(0)) - 1)
         self._trainer = Trainer(
@@ -117,12 +134,36 @@ class Service:
         self._started = now
         self._counts: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
+        self._flying: dict[int, tuple[bytes, int]] = {}
+        """Chunks that the broker has not acknowledged, by the id of their message: (head's digest, number)."""
         self._last_update: dict[str, object] | None = None
         self._last_failure: dict[str, object] | None = None
         """Of training; None once one has worked since."""
         self._missed: set[tuple[str, int]] = set()
         """Tasks, with the manifest's version, whose owner was told that their data set is not here."""
         self._link_cause = "connecting"
+        self._restore(now)
+
+    def _restore(self, now: Instant) -> None:
+        """Take up what the disk holds."""
+        tasks, strangers = [], set()
+        for kept in self._store.load():
+            task = restored(kept, self._participation.trust, now.utc)
+            if task is None:
+                strangers.add(kept.name)
+                self._store.forget(kept.name)
+            else:
+                tasks.append(task)
+        updates = []
+        for found in self._outbox.load():
+            if isinstance(found, Damaged):
+                tell(Event.UPDATE_DROPPED, id=found.id, why="damaged", detail=found.why)
+            elif found.task in strangers:
+                self._drop_update(delivery.DropUpdate(found, "task_forgotten"))
+            else:
+                updates.append(found)
+        for effect in self._participation.restore(tasks, updates, now):
+            assert not list(self.perform(effect))
 
     def run(self) -> None:
         """Work until a signal says stop."""
@@ -171,11 +212,8 @@ class Service:
                 return self._link_down(cause, now)
             case LinkBroken(cause=cause):
                 raise LocalProtocolError(f"the network thread failed: {cause}")
-            case Published(refusal=refusal):
-                if refusal:
-                    self._counts["publish_refused"] += 1
-                    tell(Event.PUBLISH_REFUSED, cause=refusal)
-                return []
+            case Published():
+                return self._published(event, now)
             case TrainerSaid(pid=pid, message=message):
                 work = self._participation.work
                 if isinstance(message, Done) and (work is None or work.id != message.id):
@@ -201,11 +239,17 @@ class Service:
         limit = self._config.broker.message_max
         if len(message.payload) > limit:
             raise RemoteProtocolError(Reason.TOO_LARGE, f"{len(message.payload)} bytes, the limit is {limit}")
+        if message.topic.startswith(f"{self._topics.prefix}/blob/"):
+            blob, index = self._topics.parse_chunk(message.topic)
+            return self._participation.handle(download.ChunkArrived(blob, index, message.payload), now)
         if message.topic == self._topics.command(self._device, "receipt"):
             return self._participation.handle(core.ReceiptArrived(wire.unpack(message.payload, Signed, 65_536)), now)
+        if message.topic == self._topics.command(self._device, "missing"):
+            return self._participation.handle(core.MissingArrived(wire.unpack(message.payload, Missing, 65_536)), now)
         if message.topic.startswith(f"{self._topics.prefix}/agg/"):
+            shard_number = self._topics.parse_aggregator_status(message.topic)
             status = wire.unpack(message.payload, AggregatorStatus, 65_536)
-            return self._participation.handle(core.AggregatorSaid(status.online), now)
+            return self._participation.handle(core.AggregatorSaid(status.online, shard_number, status.session), now)
         if message.topic.endswith("/release"):
             task = parse_task(message.topic, "release")
             release = wire.unpack(message.payload, ReleaseMessage, limit)
@@ -218,7 +262,16 @@ class Service:
         tell(Event.LINK_UP, packet_max=event.packet_max)
         receipts, aggregators = self._topics.command(self._device, "+"), self._topics.aggregator_status("+")
         self._link.subscribe(TASK_RELEASES, TASK_ROUNDS, receipts, aggregators)
-        return self._participation.handle(core.Connected(), now)
+        return self._participation.handle(core.Connected(event.packet_max), now)
+
+    def _published(self, event: Published, now: Instant) -> Sequence[Effect]:
+        if event.refusal:
+            self._counts["publish_refused"] += 1
+            tell(Event.PUBLISH_REFUSED, cause=event.refusal)
+        chunk = self._flying.pop(event.mid, None)
+        if chunk is None:
+            return []
+        return self._participation.handle(core.ChunkTaken(*chunk, acknowledged=not event.refusal), now)
 
     def _link_down(self, cause: str, now: Instant) -> Sequence[Effect]:
         if cause != self._link_cause:
@@ -276,8 +329,10 @@ class Service:
                     self._store.keep_release(effect.task, effect.message, effect.manifest_position, effect.position)
                 case core.KeepOffer():
                     self._store.keep_offer(effect.task, effect.position)
-                case core.Settled(sent=sent):
-                    self._store.keep_worked(sent.task, sent.position)
+                case delivery.KeepUpdate(update=update):
+                    self._outbox.keep(update, identity.sign_head(self._key, update.head))
+                case core.Settled(update=update):
+                    self._store.keep_worked(update.task, update.position)
                 case core.ForgetTask():
                     self._store.forget(effect.task)
                 case _:
@@ -334,14 +389,48 @@ class Service:
                 self._trainer.stop()
             case core.TrainingFinished():
                 self._training_finished(effect)
-            case core.SendUpdate():
-                self._send_update(effect.sent)
+            case delivery.KeepUpdate() | core.ForgetTask():
+                pass
+            case delivery.SendUpdate():
+                yield from self._send_update(effect)
+            case delivery.SendChunk():
+                yield from self._send_chunk(effect)
             case core.Settled():
                 self._settled(effect)
-            case core.DropUpdate(sent=sent):
-                self._drop(sent.id)
-            case core.ForgetTask():
-                pass
+            case delivery.DropUpdate():
+                self._drop_update(effect)
+            case download.OpenSpool():
+                yield self._open_spool(effect)
+            case download.Subscribe():
+                self._link.subscribe(*self._chunk_topics(effect))
+            case download.Unsubscribe():
+                self._link.unsubscribe(*self._chunk_topics(effect))
+            case download.WriteChunk():
+                yield from self._write_chunk(effect)
+            case download.FinishSpool():
+                yield self._finish_spool(effect)
+            case download.AskRelease(task=task):
+                # A new subscription brings what is retained, and is not needed beside the one for all tasks.
+                self._link.subscribe(task_release(task))
+                self._link.unsubscribe(task_release(task))
+            case download.DownloadStarted():
+                tell(
+                    Event.DOWNLOAD_STARTED,
+                    task=effect.task,
+                    release=effect.release,
+                    bytes=effect.size,
+                    missing=effect.missing,
+                )
+            case download.DownloadStopped():
+                self._counts["downloads_stopped"] += 1
+                tell(
+                    Event.DOWNLOAD_STOPPED,
+                    task=effect.task,
+                    release=effect.release,
+                    reason=effect.why,
+                    detail=effect.detail or None,
+                    retry=effect.retry,
+                )
             case core.ShowProgress(progress=progress):
                 tell(
                     Event.TRAINING_PROGRESSED,
@@ -384,7 +473,7 @@ class Service:
             codec=manifest.codec,
             hpke_key=offer.hpke_key,
             context=effect.context,
-            output=str(self._body(effect.id)),
+            output=str(self._outbox.body(effect.id)),
             threads=self._threads,
         )
         fresh = self._trainer.pid is None
@@ -418,42 +507,100 @@ class Service:
             self._missed.add(key)
             tell(Event.DATA_MISSED, task=manifest.task, obstacle=missing)
 
-    def _send_update(self, sent: core.Sent) -> None:
-        try:
-            body = self._body(sent.id).read_bytes()
-        except OSError as error:
-            self._counts["training_failed"] += 1
-            tell(Event.TRAINING_FAILED, task=sent.task, round=sent.round, reason="storage", detail=error.strerror)
-            return
-        signature = identity.sign_head(self._key, sent.head)
-        message = wire.pack(UpdateMessage(v=1, head=sent.head, sig=signature, body=body))
-        topic = self._topics.head(shard(self._device, sent.shards), self._device, sent.digest.hex()[:32])
-        self._last_update = {"task": sent.task, "round": sent.round, "outcome": "sent"}
-        if self._publish(topic, message):
+    # -- updates up --------------------------------------------------------------------------------------------
+
+    def _send_update(self, effect: delivery.SendUpdate) -> Iterable[core.Event]:
+        update = effect.update
+        body = None
+        if not update.chunk_size:
+            try:
+                body = self._outbox.read(update)
+            except StorageError as error:
+                yield core.UpdateLost(update.digest, error.detail)
+                return
+        signature = self._outbox.signature(update.id)
+        version: Literal[1, 2] = 1 if body is not None else 2
+        message = wire.pack(UpdateMessage(v=version, head=update.head, sig=signature, body=body))
+        topic = self._topics.head(shard(self._device, update.shards), self._device, update.digest.hex()[:32])
+        self._last_update = {"task": update.task, "round": update.round, "outcome": "sent"}
+        if self._publish(topic, message) is not None:
             self._counts["updates_sent"] += 1
-            tell(Event.UPDATE_SENT, task=sent.task, round=sent.round, bytes=len(message))
+            tell(Event.UPDATE_SENT, task=update.task, round=update.round, bytes=update.size, attempt=effect.attempt)
+
+    def _send_chunk(self, effect: delivery.SendChunk) -> Iterable[core.Event]:
+        update, index = effect.update, effect.index
+        try:
+            piece = self._outbox.read(update, index)
+        except StorageError as error:
+            yield core.UpdateLost(update.digest, error.detail)
+            return
+        name = update.digest.hex()[:32]
+        topic = self._topics.upload_chunk(shard(self._device, update.shards), self._device, name, index)
+        mid = self._publish(topic, piece)
+        if mid is None:
+            yield core.ChunkTaken(update.digest, index, acknowledged=False)
+        else:
+            self._counts["chunks_sent"] += 1
+            self._flying[mid] = (update.digest, index)
 
     def _settled(self, effect: core.Settled) -> None:
-        sent, outcome = effect.sent, effect.outcome.value
-        self._drop(sent.id)
+        update, outcome = effect.update, effect.outcome.value
+        self._drop(update.id)
         self._counts[f"updates_{outcome}"] += 1
-        self._last_update = {"task": sent.task, "round": sent.round, "outcome": outcome}
-        tell(Event.UPDATE_ANSWERED, task=sent.task, round=sent.round, outcome=outcome, reason=effect.reason or None)
+        self._last_update = {"task": update.task, "round": update.round, "outcome": outcome}
+        tell(Event.UPDATE_ANSWERED, task=update.task, round=update.round, outcome=outcome, reason=effect.reason or None)
 
-    def _body(self, job: str) -> Path:
-        return self._store.outbox / f"{job}.body"
+    def _drop_update(self, effect: delivery.DropUpdate) -> None:
+        self._drop(effect.update.id)
+        if effect.why != "answered":
+            self._counts["updates_dropped"] += 1
+            tell(Event.UPDATE_DROPPED, task=effect.update.task, round=effect.update.round, why=effect.why)
 
     def _drop(self, job: str) -> None:
-        self._body(job).unlink(missing_ok=True)
+        self._outbox.drop(job)
 
-    def _publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> bool:
+    # -- blobs down --------------------------------------------------------------------------------------------
+
+    def _open_spool(self, effect: download.OpenSpool) -> core.Event:
+        task, blob = effect.task, effect.blob
         try:
-            self._link.publish(topic, payload, qos=qos, retain=retain)
+            missing = self._store.open_spool(task, blob)
+        except StorageError as error:
+            return download.SpoolFailed(task, blob.sha256, str(error))
+        if missing is None:
+            return download.Whole(task, blob.sha256)
+        return download.SpoolRead(task, blob.sha256, tuple(missing))
+
+    def _chunk_topics(self, effect: download.Subscribe | download.Unsubscribe) -> Iterable[str]:
+        return (self._topics.chunk(effect.blob.hex(), index) for index in effect.chunks)
+
+    def _write_chunk(self, effect: download.WriteChunk) -> Iterable[core.Event]:
+        try:
+            self._store.write_chunk(effect.task, effect.blob, effect.index, effect.payload)
+        except StorageError as error:
+            yield download.SpoolFailed(effect.task, effect.blob, str(error))
+        else:
+            self._counts["chunks_fetched"] += 1
+
+    def _finish_spool(self, effect: download.FinishSpool) -> core.Event:
+        task, blob = effect.task, effect.blob.sha256
+        try:
+            self._store.finish_spool(task, blob)
+        except StorageError as error:
+            return download.SpoolFailed(task, blob, str(error))
+        except RemoteProtocolError as error:
+            self._refused[error.reason.value] += 1
+            return download.SpoolFailed(task, blob, error.detail, spoilt=True)
+        return download.Whole(task, blob)
+
+    def _publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> int | None:
+        """The message's id, or None if it was not sent."""
+        try:
+            return self._link.publish(topic, payload, qos=qos, retain=retain)
         except LinkError as error:
             self._counts["publish_refused"] += 1
             tell(Event.PUBLISH_REFUSED, topic=topic, cause=str(error))
-            return False
-        return True
+            return None
 
     # -- what people see --
 
@@ -522,6 +669,8 @@ class Service:
                 "epoch": part.progress.epoch if part.progress is not None else 0,
                 "step": part.progress.step if part.progress is not None else 0,
             },
+            "download": _download(part.downloads),
+            "outbox": [_waiting(each, now.mono) for each in part.delivery.waiting],
             "last_update": self._last_update,
             "last_failure": self._last_failure,
             "tasks": {task.name: _shown(task, part.datasets) for task in part.tasks.values()},
@@ -547,6 +696,7 @@ def restored(kept: Kept, trust: Trust, now: float) -> Task | None:
         release_position=kept.release_position,
         offer_position=kept.offer_position,
         worked=kept.worked,
+        settled=kept.worked,
     )
     if kept.manifest is None or kept.release is None:
         return task
@@ -581,6 +731,27 @@ def _missing(manifest: TaskManifest, datasets: frozenset[str]) -> str | None:
     if name in datasets:
         return None
     return f"no data set {name} here: say in agent.toml where it lies, path in [data.{name}], and restart edge-agent"
+
+
+def _download(downloads: Downloads) -> dict[str, object] | None:
+    if downloads.progress is None:
+        return None
+    task, there, size = downloads.progress
+    return {"task": task, "bytes": there, "total": size, "percent": round(100 * there / size, 1)}
+
+
+def _waiting(each: Waiting, mono: float) -> dict[str, object]:
+    update = each.update
+    return {
+        "task": update.task,
+        "version": update.position[0],
+        "round": update.round,
+        "bytes": update.size,
+        "chunks": chunks.count(update.size, update.chunk_size) if update.chunk_size else 0,
+        "asked": len(each.wanted) + len(each.flying),
+        "attempts": each.sent,
+        "next_try": round(max(0.0, each.due - mono), 1),
+    }
 
 
 def check_identity(config: AgentConfig) -> None:

@@ -2,10 +2,16 @@
 
 One folder a task. Graphs, weights and signed records are files named by their sha256; `state` names them and holds the
 positions, is written last and replaced whole. So a crash at any point leaves the old state or the new one, never half.
+The weights of the release before stay until the next one: a rollback most often wants them.
+
+Weights that come in chunks are gathered in `spool/<task>.<sha256>` and move to their place when they are whole; they
+are never in memory. Every method that writes raises StorageError when the disk refuses, and may be called again.
 """
 
 import contextlib
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,13 +21,18 @@ import msgspec
 from msgspec import Meta, structs
 
 from shared import wire
-from shared.errors import ConfigError, RemoteProtocolError
+from shared.errors import ConfigError, RemoteProtocolError, StorageError
 from shared.files import write_durably
-from shared.messages import Digest, First, Release, ReleaseMessage, Signed, TaskManifest, Uint, Wire
+from shared.messages import BlobRef, Digest, First, Release, ReleaseMessage, Signed, TaskManifest, Uint, Wire
+from shared.spool import Spool
 from shared.topics import is_name
 from shared.trust import Position
 
 _STATE_MAX = 1 << 16
+_RESERVE = 16 << 20
+"""Bytes that a download leaves free."""
+_READ = 1 << 20
+"""Bytes read at a time."""
 
 
 class Rank(Wire, frozen=True):
@@ -64,15 +75,14 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         """Open or create it; ConfigError if that cannot be done."""
-        self._tasks, self.outbox = directory / "tasks", directory / "outbox"
+        self._tasks, self._spools, self.outbox = directory / "tasks", directory / "spool", directory / "outbox"
         try:
-            for folder in (directory, self._tasks, self.outbox):
+            for folder in (directory, self._tasks, self._spools, self.outbox):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for left in self.outbox.iterdir():
-                left.unlink()
         except OSError as error:
             raise ConfigError(str(directory), "device.state_dir", f"cannot be used: {error.strerror}") from None
         self._states: dict[str, TaskState] = {}
+        self._spool: Spool | None = None
 
     def load(self) -> list[Kept]:
         """Every task, by name. A damaged state is as good as none: the broker has the newest release."""
@@ -84,43 +94,107 @@ class Store:
         return found
 
     def keep_release(self, task: str, message: ReleaseMessage, manifest: Position, release: Position) -> None:
-        """Make a release the newest of its task."""
-        if message.graphs is None or message.weights is None:
-            raise ValueError("a release without its parts is never accepted")
-        folder = self._tasks / task
-        folder.mkdir(mode=0o700, exist_ok=True)
-        state = structs.replace(
-            self._state(task),
-            manifest=_put(folder, wire.pack(message.manifest)),
-            release=_put(folder, wire.pack(message.release)),
-            train_graph=_put(folder, message.graphs.train),
-            eval_graph=_put(folder, message.graphs.eval),
-            weights=_put(folder, message.weights),
-            release_position=_rank(release),
-            manifest_position=_rank(manifest),
-        )
+        """Make a release the newest of its task; weights that came in chunks lie in their place already."""
+        if message.graphs is None:
+            raise ValueError("a release without its graphs is never accepted")
+        blob = wire.unpack(message.release.payload, Release).weights
+        if message.weights is None and not blob.chunks:
+            raise ValueError("a release without its weights is never accepted")
+        folder, before = self._tasks / task, self._state(task)
+        with _guarded(folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if message.weights is not None:
+                _put(folder, message.weights)
+            elif (folder / blob.sha256.hex()).stat().st_size != blob.size:
+                raise FileNotFoundError(2, "the weights are not whole any more")
+            state = structs.replace(
+                before,
+                manifest=_put(folder, wire.pack(message.manifest)),
+                release=_put(folder, wire.pack(message.release)),
+                train_graph=_put(folder, message.graphs.train),
+                eval_graph=_put(folder, message.graphs.eval),
+                weights=blob.sha256,
+                release_position=_rank(release),
+                manifest_position=_rank(manifest),
+            )
         self._write(task, state)
-        used = {name.hex() for name in (state.manifest, state.release, state.train_graph, state.eval_graph) if name}
-        used |= {state.weights.hex()} if state.weights else set()
-        for path in folder.iterdir():
-            if path.name != "state" and path.name not in used:
-                path.unlink()
+        self._sweep(task, before.weights)
 
     def keep_offer(self, task: str, position: Position) -> None:
         """Remember how far this task's offers have come."""
         self._write(task, structs.replace(self._state(task), offer_position=_rank(position)))
 
     def keep_worked(self, task: str, position: tuple[int, int]) -> None:
-        """Remember the newest round that an update was made for."""
-        self._write(task, structs.replace(self._state(task), worked=list(position)))
+        """Remember the newest round of which an update was answered."""
+        state = self._state(task)
+        self._write(task, structs.replace(state, worked=max(state.worked, list(position))))
 
     def forget(self, task: str) -> None:
         """Begin a task anew: nothing that was accepted of it binds any more."""
-        self._states.pop(task, None)
         folder = self._tasks / task
-        # First the state: files that no state names are nothing, should the power go in between.
-        (folder / "state").unlink(missing_ok=True)
+        with _guarded(folder):
+            # First the state: files that no state names are nothing, should the power go in between.
+            (folder / "state").unlink(missing_ok=True)
+        self._states.pop(task, None)
         shutil.rmtree(folder, ignore_errors=True)
+        self._discard_spools(task)
+
+    # -- weights in chunks --
+
+    def open_spool(self, task: str, blob: BlobRef) -> list[int] | None:
+        """The chunks of a blob that are not on the disk; None: it lies whole where the trainer looks."""
+        target, path = self._tasks / task / blob.sha256.hex(), self._spools / f"{task}.{blob.sha256.hex()}"
+        self._spool = None
+        if _whole(target, blob.sha256):
+            self._discard_spools(task)
+            return None
+        self._discard_spools(task, but=path)
+        if target.is_file() and not path.exists():
+            # It was damaged: what is right in it need not come again.
+            with contextlib.suppress(OSError):
+                os.replace(target, path)
+        spool = Spool(path, blob, _RESERVE)
+        try:
+            missing = spool.missing()
+        except StorageError:
+            # Weights that nothing but a rollback would want make room.
+            self._sweep(task)
+            missing = spool.missing()
+        self._spool = spool
+        return missing
+
+    def write_chunk(self, task: str, blob: bytes, index: int, data: bytes) -> None:
+        """Put a verified chunk into the file that is open for this blob; after a failure there is none."""
+        spool = self._opened(task, blob)
+        if spool is None:
+            return
+        try:
+            spool.write(index, data)
+        except StorageError:
+            self._spool = None
+            raise
+
+    def finish_spool(self, task: str, blob: bytes) -> None:
+        """Move a whole blob where the trainer looks. RemoteProtocolError: it is not what it was signed for."""
+        spool, folder = self._opened(task, blob), self._tasks / task
+        self._spool = None
+        if spool is None:
+            raise StorageError(str(self._spools), "the download was given up", passing=True)
+        with _guarded(folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        spool.finish(folder / blob.hex())
+
+    def _opened(self, task: str, blob: bytes) -> Spool | None:
+        path = self._spools / f"{task}.{blob.hex()}"
+        return self._spool if self._spool is not None and self._spool.path == path else None
+
+    def _discard_spools(self, task: str, but: Path | None = None) -> None:
+        for path in self._spools.glob(f"{task}.*"):
+            if path != but:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    # -- files --
 
     def files(self, task: str, manifest: TaskManifest, release: Release) -> tuple[Path, Path, Path]:
         """(train graph, eval graph, weights) of an accepted release."""
@@ -128,6 +202,16 @@ class Store:
         names = (manifest.train_graph, manifest.eval_graph, release.weights.sha256)
         train, evaluate, weights = (folder / name.hex() for name in names)
         return train, evaluate, weights
+
+    def _sweep(self, task: str, *also: bytes | None) -> None:
+        """Delete what the state does not name, but for these."""
+        state = self._state(task)
+        named = (state.manifest, state.release, state.train_graph, state.eval_graph, state.weights, *also)
+        used = {"state"} | {name.hex() for name in named if name is not None}
+        with contextlib.suppress(OSError):
+            for path in list((self._tasks / task).iterdir()):
+                if path.name not in used:
+                    path.unlink()
 
     def _state(self, task: str) -> TaskState:
         return self._states.get(task) or TaskState(v=1)
@@ -137,7 +221,8 @@ class Store:
         self._states[folder.name] = state
         manifest, release = _get(folder, state.manifest), _get(folder, state.release)
         # A release counts as stored only if every byte of it is still what was hashed.
-        whole = all(_get(folder, name) is not None for name in (state.train_graph, state.eval_graph, state.weights))
+        parts = (state.train_graph, state.eval_graph, state.weights)
+        whole = all(name is not None and _whole(folder / name.hex(), name) for name in parts)
         if manifest is None or release is None or not whole:
             manifest = release = None
         return Kept(
@@ -152,15 +237,16 @@ class Store:
 
     def _write(self, task: str, state: TaskState) -> None:
         folder = self._tasks / task
-        folder.mkdir(mode=0o700, exist_ok=True)
-        write_durably(folder / "state", wire.pack(state))
+        with _guarded(folder):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            write_durably(folder / "state", wire.pack(state))
         self._states[task] = state
 
 
 def _put(folder: Path, data: bytes) -> bytes:
     name = sha256(data).digest()
     # What lies there may be damaged; then this is what repairs it.
-    if _get(folder, name) is None:
+    if not _whole(folder / name.hex(), name):
         write_durably(folder / name.hex(), data)
     return name
 
@@ -173,6 +259,26 @@ def _get(folder: Path, name: bytes | None) -> bytes | None:
     except OSError:
         return None
     return data if sha256(data).digest() == name else None
+
+
+def _whole(path: Path, name: bytes) -> bool:
+    """Whether a file is what it is named; it may be large, and is never in memory."""
+    digest = sha256()
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            while piece := file.read(_READ):
+                digest.update(piece)
+    except OSError:
+        return False
+    return digest.digest() == name
+
+
+@contextlib.contextmanager
+def _guarded(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError.of(path, error) from None
 
 
 def _rank(position: Position) -> Rank:

@@ -21,6 +21,8 @@ class Event(StrEnum):
     LIBRARY_SAID = "library.said"
     # the device
     RELEASE_ACCEPTED = "release.accepted"
+    DOWNLOAD_STARTED = "download.started"
+    DOWNLOAD_STOPPED = "download.stopped"
     DATA_MISSED = "data.missed"
     DEVICE_ELIGIBLE = "device.eligible"
     DEVICE_BLOCKED = "device.blocked"
@@ -37,6 +39,7 @@ class Event(StrEnum):
     TRAINING_FAILED = "training.failed"
     UPDATE_SENT = "update.sent"
     UPDATE_ANSWERED = "update.answered"
+    UPDATE_DROPPED = "update.dropped"
     # the aggregator
     TASK_ADOPTED = "task.adopted"
     ROUND_OPENED = "round.opened"
@@ -57,9 +60,11 @@ _LEVELS: Mapping[Event, str] = {
     Event.LINK_DOWN: "warning",
     Event.MESSAGE_REFUSED: "warning",
     Event.CLOCK_JUMPED: "warning",
+    Event.DOWNLOAD_STOPPED: "warning",
     Event.DATA_MISSED: "warning",
     Event.TRAINER_DIED: "warning",
     Event.TRAINING_FAILED: "error",
+    Event.UPDATE_DROPPED: "warning",
     Event.ROUND_EXTENDED: "warning",
     Event.UPDATE_REJECTED: "warning",
     Event.ROUND_ABANDONED: "warning",

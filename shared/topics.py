@@ -123,6 +123,13 @@ class Topics:
             raise _bad(topic)
         return device
 
+    def parse_aggregator_status(self, topic: str) -> int:
+        """The shard whose aggregator a status topic speaks of."""
+        number, word = self._below(topic, "agg", 2)
+        if word != "status" or not _NUMBER.fullmatch(number) or int(number) > 65_535:
+            raise _bad(topic)
+        return int(number)
+
     def _below(self, topic: str, branch: str, count: int) -> list[str]:
         start = f"{self.prefix}/{branch}/"
         parts = topic.removeprefix(start).split("/")

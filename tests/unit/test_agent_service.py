@@ -1,5 +1,6 @@
 """The agent's shell without a broker and without a trainer: what must not end it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ from msgspec import structs
 
 from aggregator import ca
 from edge_agent import config as settings
+from edge_agent import delivery
 from edge_agent import participation as core
 from edge_agent.child import TrainerSaid
+from edge_agent.delivery import Update
 from edge_agent.jobs import Done
 from edge_agent.service import Service, Stop, restored
 from edge_agent.store import Kept, Store
@@ -37,9 +40,10 @@ def service(tmp_path: Path) -> Service:
 
 def test_a_result_whose_body_is_gone_is_a_failure_and_not_the_end(service: Service) -> None:
     """The trainer's word is not the file: a full or broken disk costs the update and never the agent."""
-    effect = core.SendUpdate(core.Sent("job", "points", (1, 1), b"head", bytes(32), 1))
-    assert list(service.perform(effect)) == []
-    assert service._counts["training_failed"] == 1
+    update = Update("job", "points", (1, 1), b"head", bytes(32), 1, 10, 0, 1 << 40)
+    for effect in (delivery.SendUpdate(update, 1), delivery.SendChunk(replace(update, chunk_size=5), 1)):
+        (lost,) = service.perform(effect)
+        assert isinstance(lost, core.UpdateLost) and lost.head == update.digest
     assert service._counts["updates_sent"] == 0
 
 

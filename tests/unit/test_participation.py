@@ -12,15 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from edge_agent import delivery, download
 from edge_agent import participation as core
 from edge_agent.eligibility import DeviceFacts, Policy
 from edge_agent.jobs import Done, Failed, Progress
 from edge_agent.participation import Effect, Participation
-from shared import signing, wire
+from shared import chunks, signing, wire
 from shared.errors import Reason, RemoteProtocolError
 from shared.machine import Instant, Tick
 from shared.messages import (
+    BlobRef,
     Conditions,
+    Missing,
     OfferState,
     Outcome,
     Receipt,
@@ -227,7 +230,7 @@ def test_a_device_follows_so_many_tasks_and_no_more() -> None:
         bench.machine.tasks[f"task-{number}"] = core.Task(f"task-{number}", manifest=RECORDS.manifest())
     assert bench.refused(core.ReleaseArrived("points", MESSAGE)) is Reason.TOO_LARGE
     bench.machine.tasks["task-7"].manifest = RECORDS.manifest(expires=int(NOW.utc))
-    bench.machine._sent[bytes(32)] = core.Sent("id", "task-7", (1, 1), b"head", bytes(32), 1)
+    bench.machine.delivery.resume(delivery.Update("id", "task-7", (1, 1), b"head", bytes(32), 1, 1, 0, 1 << 40), 0.0)
     assert kinds(bench.tell(core.ReleaseArrived("points", MESSAGE))) == ["DropUpdate", "ForgetTask", "KeepRelease"]
     assert "task-7" not in bench.machine.tasks
 
@@ -346,11 +349,11 @@ def test_the_head_is_of_this_device() -> None:
     """What the shell signs holds the context that was sealed, the certificate and the result's hashes."""
     bench = Bench()
     (train,) = [each for each in bench.begin() if isinstance(each, core.Train)]
-    (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
-    head = wire.unpack(send.sent.head, UpdateHead)
+    (send,) = [each for each in bench.done() if isinstance(each, delivery.SendUpdate)]
+    head = wire.unpack(send.update.head, UpdateHead)
     assert (head.context, head.certificate, head.size) == (train.context, b"certificate", 100)
-    assert send.sent.digest == sha256(send.sent.head).digest()
-    assert send.sent.position == (1, 1)
+    assert send.update.digest == sha256(send.update.head).digest()
+    assert send.update.position == (1, 1)
 
 
 def test_a_round_that_closes_ends_its_training() -> None:
@@ -379,8 +382,8 @@ def test_a_newer_manifest_ends_the_training_for_an_older_one() -> None:
     effects = bench.tell(core.ReleaseArrived("points", second))
     assert [(each.round, each.why) for each in effects if isinstance(each, core.StopTraining)] == [(5, "superseded")]
     assert "Train" in kinds(bench.offer(second))
-    (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
-    assert send.sent.position == (2, 1)
+    (send,) = [each for each in bench.done() if isinstance(each, delivery.SendUpdate)]
+    assert send.update.position == (2, 1)
 
 
 def test_starts_are_spread() -> None:
@@ -466,15 +469,17 @@ def test_a_receipt_settles_the_update() -> None:
     """Once, by the aggregator's signature, for this device only."""
     bench = Bench()
     bench.begin()
-    (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
+    (send,) = [each for each in bench.done() if isinstance(each, delivery.SendUpdate)]
 
     def receipt(device: str = "sensor-1") -> core.ReceiptArrived:
-        record = Receipt(1, send.sent.digest, "points", 1, device, Outcome.ACCEPTED, "")
+        record = Receipt(1, send.update.digest, "points", 1, device, Outcome.ACCEPTED, "")
         return core.ReceiptArrived(signing.sign(record, Role.AGGREGATOR, RECORDS.aggregator))
 
     assert bench.refused(receipt("sensor-2")) is Reason.WRONG_DEVICE
     forged = signing.sign(
-        Receipt(1, send.sent.digest, "points", 1, "sensor-1", Outcome.ACCEPTED, ""), Role.AGGREGATOR, RECORDS.publisher
+        Receipt(1, send.update.digest, "points", 1, "sensor-1", Outcome.ACCEPTED, ""),
+        Role.AGGREGATOR,
+        RECORDS.publisher,
     )
     assert bench.refused(core.ReceiptArrived(forged)) is Reason.UNKNOWN_KEY
     assert kinds(bench.tell(receipt())) == ["Settled"]
@@ -485,26 +490,26 @@ def test_what_nobody_answered_is_sent_again() -> None:
     """When an aggregator says that it is there: the identical head, a little later, until it is answered."""
     bench = Bench()
     bench.begin()
-    (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
+    (send,) = [each for each in bench.done() if isinstance(each, delivery.SendUpdate)]
     assert kinds(bench.tell(core.AggregatorSaid(False))) == []
     assert "SendUpdate" not in kinds(bench.tell(core.AggregatorSaid(True)))
-    again = [each for each in bench.after(core.RESEND_SPREAD) if isinstance(each, core.SendUpdate)]
-    assert again == [send]
-    record = Receipt(1, send.sent.digest, "points", 1, "sensor-1", Outcome.ACCEPTED, "")
+    again = [each for each in bench.after(delivery.RESEND_SPREAD) if isinstance(each, delivery.SendUpdate)]
+    assert [each.update for each in again] == [send.update]
+    record = Receipt(1, send.update.digest, "points", 1, "sensor-1", Outcome.ACCEPTED, "")
     bench.tell(core.ReceiptArrived(signing.sign(record, Role.AGGREGATOR, RECORDS.aggregator)))
     bench.tell(core.AggregatorSaid(True))
-    assert "SendUpdate" not in kinds(bench.after(core.RESEND_SPREAD))
+    assert "SendUpdate" not in kinds(bench.after(delivery.RESEND_SPREAD))
 
 
 def test_what_nobody_answered_is_dropped_with_its_round() -> None:
     """A newer round means that it can count no more."""
     bench = Bench()
     bench.begin()
-    (send,) = [each for each in bench.done() if isinstance(each, core.SendUpdate)]
-    dropped = [each.sent for each in bench.offer(number=2) if isinstance(each, core.DropUpdate)]
-    assert dropped == [send.sent]
+    (send,) = [each for each in bench.done() if isinstance(each, delivery.SendUpdate)]
+    dropped = [each.update for each in bench.offer(number=2) if isinstance(each, delivery.DropUpdate)]
+    assert dropped == [send.update]
     bench.tell(core.AggregatorSaid(True))
-    assert "SendUpdate" not in kinds(bench.after(core.RESEND_SPREAD))
+    assert "SendUpdate" not in kinds(bench.after(delivery.RESEND_SPREAD))
 
 
 def test_a_damaged_release_is_taken_again_and_an_older_one_is_not() -> None:
@@ -595,6 +600,246 @@ def test_nothing_is_said_while_the_broker_is_away() -> None:
     bench.facts = changed(FACTS, mains=False)
     assert "PublishStatus" not in kinds(bench.after(3600))
     assert "PublishStatus" in kinds(bench.tell(core.Connected()))
+
+
+# -- weights in chunks, and bodies in chunks ---------------------------------------------------------------------
+
+BLOB = RECORDS.message(number=1, value=3.0).weights or b""
+REF = chunks.describe(BLOB, 64)
+NAME = REF.sha256
+
+
+def in_chunks(number: int = 1, blob: BlobRef = REF, **changes: Any) -> ReleaseMessage:
+    """A release whose weights do not travel with it."""
+    signed = RECORDS.sign_manifest(RECORDS.manifest(**changes))
+    return ReleaseMessage(2, signed, RECORDS.release(signed, number, v=2, weights=blob), MESSAGE.graphs, None)
+
+
+def fetch(bench: Bench) -> list[Effect]:
+    """The disk is empty, the broker sends every chunk, the disk takes them."""
+    bench.tell(download.SpoolRead("points", NAME, tuple(range(len(REF.chunks)))))
+    for index in range(len(REF.chunks)):
+        start, end = chunks.span(len(BLOB), 64, index)
+        bench.tell(download.ChunkArrived(NAME, index, BLOB[start:end]))
+    return bench.tell(download.Whole("points", NAME))
+
+
+def test_a_release_in_chunks_is_accepted_when_whole() -> None:
+    """Verified at once, kept only when the last chunk lies on the disk; its offer waits until then."""
+    bench = Bench()
+    bench.begin()
+    message = in_chunks()
+    assert kinds(bench.tell(core.ReleaseArrived("points", message))) == ["OpenSpool", "PublishStatus"]
+    assert "Train" not in kinds(bench.offer(message, number=2))
+    assert bench.machine.tasks["points"].release_position == Position((1, 0), signing.digest(MESSAGE.release))
+    assert kinds(bench.tell(core.ReleaseArrived("points", message))) == []
+    assert kinds(fetch(bench)) == ["KeepRelease", "Train"]
+    assert bench.tell(core.ReleaseArrived("points", message)) == []
+
+
+def test_a_first_release_in_chunks() -> None:
+    """A task that was never heard of, its offer before it."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick())
+    message = in_chunks(0)
+    message = structs.replace(message, release=RECORDS.release(message.manifest, 0, v=2, weights=REF))
+    bench.offer(message)
+    bench.tell(core.ReleaseArrived("points", message))
+    assert bench.machine.tasks == {}
+    assert kinds(fetch(bench))[:3] == ["KeepRelease", "KeepOffer", "Train"]
+
+
+def test_releases_in_chunks_that_are_refused() -> None:
+    """Signature, order and graphs are checked before a byte is fetched, and so is what the weights can be."""
+    bench = Bench()
+    bench.begin(RECORDS.message(number=3))
+    assert bench.refused(core.ReleaseArrived("points", in_chunks(2))) is Reason.ROLLBACK
+    forged = structs.replace(in_chunks(4), release=structs.replace(in_chunks(4).release, sig=bytes(64)))
+    assert bench.refused(core.ReleaseArrived("points", forged)) is Reason.BAD_SIGNATURE
+    assert MESSAGE.graphs is not None
+    other = structs.replace(MESSAGE.graphs, train=MESSAGE.graphs.eval)
+    swapped = structs.replace(in_chunks(4), graphs=other)
+    assert bench.refused(core.ReleaseArrived("points", swapped)) is Reason.WRONG_DIGEST
+    huge = BlobRef(bytes(32), core.HEADER_MAX + 25, core.HEADER_MAX, [bytes(32)] * 2)
+    assert bench.refused(core.ReleaseArrived("points", in_chunks(4, huge))) is Reason.TOO_LARGE
+    bench.tell(core.ReleaseArrived("points", in_chunks(5)))
+    assert bench.refused(core.ReleaseArrived("points", in_chunks(4))) is Reason.ROLLBACK
+
+
+def test_whole_releases_overtake_what_is_coming() -> None:
+    """A newer one ends the download, an older one does not."""
+    bench = Bench()
+    bench.begin()
+    bench.tell(core.ReleaseArrived("points", in_chunks(5)))
+    assert kinds(bench.tell(core.ReleaseArrived("points", RECORDS.message(number=4)))) == ["KeepRelease"]
+    assert bench.machine.downloads.get("points") is not None
+    bench.tell(core.ReleaseArrived("points", RECORDS.message(number=6)))
+    assert bench.machine.downloads.get("points") is None
+    assert kinds(bench.tell(download.Whole("points", NAME))) == []
+
+
+def test_what_is_coming_counts_as_a_task() -> None:
+    """Names on topics cost no memory without end, whether or not their weights ever come."""
+    bench = Bench()
+    for number in range(core.TASKS_MAX):
+        bench.machine.tasks[f"task-{number}"] = core.Task(f"task-{number}", manifest=RECORDS.manifest())
+    assert bench.refused(core.ReleaseArrived("points", in_chunks())) is Reason.TOO_LARGE
+    del bench.machine.tasks["task-7"]
+    bench.tell(core.ReleaseArrived("points", in_chunks()))
+    other = RECORDS.sign_manifest(RECORDS.manifest(task="other"))
+    message = structs.replace(MESSAGE, manifest=other, release=RECORDS.release(other, task="other"))
+    assert bench.refused(core.ReleaseArrived("other", message)) is Reason.TOO_LARGE
+
+
+def test_it_says_that_it_understands_protocol_2_once_it_has_met_it() -> None:
+    """By a manifest, or by a release that is only coming; an older aggregator is never told what it cannot read."""
+
+    def said(effects: list[Effect]) -> list[int]:
+        statuses = [each for each in effects if isinstance(each, core.PublishStatus)]
+        return [core.status(each, bytes(8), NOW.utc).v for each in statuses]
+
+    bench = Bench()
+    assert said(bench.tell(core.Connected(), Tick())) == [1]
+    assert said(bench.tell(core.ReleaseArrived("points", MESSAGE))) == []
+    assert said(bench.tell(core.ReleaseArrived("points", in_chunks()))) == [2]
+    gated = Bench()
+    gated.tell(core.Connected(), Tick())
+    message = RECORDS.message(RECORDS.manifest(until=0.9))
+    assert said(gated.tell(core.ReleaseArrived("points", message))) == [2]
+    again = Bench()
+    again.machine.restore([gated.machine.tasks["points"]], [], NOW)
+    assert said(again.tell(core.Connected(), Tick())) == [2]
+
+
+def sealed(bench: Bench, size: int) -> delivery.Update:
+    """The trainer has finished with a body of so many bytes."""
+    assert bench.machine.work is not None
+    result = Done(bench.machine.work.id, bytes(80), size, bytes(32), 40, 10, 10, {}, 0.5, 1.0, 1.0, 1.0, 1)
+    (kept,) = [each for each in bench.tell(core.TrainerTold(result)) if isinstance(each, delivery.KeepUpdate)]
+    return kept.update
+
+
+@pytest.mark.parametrize(
+    ("size", "packet_max", "chunk_size"),
+    [
+        (chunks.INLINE_MAX, None, 0),
+        (chunks.INLINE_MAX + 1, None, chunks.CHUNK_SIZE),
+        (chunks.INLINE_MAX, 65_536, 65_536 - chunks.PACKET_ROOM),
+        (1 << 30, 131_072, chunks.CHUNK_SIZE),
+        (100, 65_536, 0),
+    ],
+)
+def test_a_large_body_goes_in_chunks(size: int, packet_max: int | None, chunk_size: int) -> None:
+    """Which the signed head fixes; a small one rides along, if the broker takes it."""
+    bench = Bench()
+    bench.begin()
+    bench.tell(core.Connected(packet_max))
+    update = sealed(bench, size)
+    head = wire.unpack(update.head, UpdateHead)
+    assert (head.v, head.chunk_size, head.size) == (2 if chunk_size else 1, chunk_size, size)
+    assert (update.chunk_size, update.size) == (chunk_size, size)
+
+
+def test_chunks_are_sent_when_asked_for_and_a_receipt_ends_it() -> None:
+    """The broker's acknowledgement only makes room; a receipt is the truth."""
+    bench = Bench()
+    bench.begin()
+    update = sealed(bench, 1 << 20)
+    assert bench.refused(core.MissingArrived(Missing(2, bytes(32), [0]))) is Reason.UNASKED
+    sent = bench.tell(core.MissingArrived(Missing(2, update.digest, [2, 5])))
+    assert [each.index for each in sent if isinstance(each, delivery.SendChunk)] == [2, 5]
+    assert bench.tell(core.ChunkTaken(update.digest, 2, True), core.ChunkTaken(update.digest, 5, True)) == []
+    record = Receipt(1, update.digest, "points", 1, "sensor-1", Outcome.ACCEPTED, "")
+    assert kinds(bench.tell(core.ReceiptArrived(signing.sign(record, Role.AGGREGATOR, RECORDS.aggregator)))) == [
+        "Settled"
+    ]
+    assert bench.refused(core.MissingArrived(Missing(2, update.digest, [2]))) is Reason.UNASKED
+
+
+def restarted(bench: Bench, *updates: delivery.Update, settled: tuple[int, int] = (0, 0)) -> Bench:
+    """The same device as a new process, with what lay on the disk."""
+    task = bench.machine.tasks["points"]
+    known = core.Task(
+        "points",
+        task.manifest_signed,
+        task.manifest,
+        task.release,
+        task.manifest_position,
+        task.release_position,
+        task.offer_position,
+        settled=settled,
+    )
+    again = Bench(now=bench.now)
+    again.effects += again.machine.restore([known], updates, again.now)
+    again.tell(core.Connected(), Tick())
+    return again
+
+
+def test_an_update_survives_a_restart() -> None:
+    """It is sent again with the same head, and its round is not trained a second time."""
+    bench = Bench()
+    bench.begin()
+    update = sealed(bench, 100)
+    again = restarted(bench, update)
+    assert "Train" not in kinds(again.offer())
+    sent = [each.update for each in again.after(delivery.RESEND_SPREAD) if isinstance(each, delivery.SendUpdate)]
+    assert sent == [update]
+    assert "Train" in kinds(again.offer(number=2))
+
+
+def test_without_an_outbox_the_round_is_trained_again() -> None:
+    """What was damaged on the disk is made once more."""
+    bench = Bench()
+    bench.begin()
+    sealed(bench, 100)
+    assert "Train" in kinds(restarted(bench).offer())
+
+
+def test_an_update_that_was_answered_is_not_sent_after_a_restart() -> None:
+    """The power went between the receipt and the deletion of the files."""
+    bench = Bench()
+    bench.begin()
+    update = sealed(bench, 100)
+    again = restarted(bench, update, settled=update.position)
+    assert kinds(again.effects)[0] == "DropUpdate"
+    assert "SendUpdate" not in kinds(again.after(delivery.RESEND_MAX))
+    assert "Train" not in kinds(again.offer())
+
+
+def test_an_update_of_a_task_whose_state_was_lost() -> None:
+    """It still waits, and once the release is back its round is not trained a second time."""
+    bench = Bench()
+    bench.begin()
+    update = sealed(bench, 100)
+    again = Bench()
+    again.machine.restore([], [update], NOW)
+    assert "Train" not in kinds(again.begin())
+    assert "SendUpdate" in kinds(again.after(delivery.RESEND_SPREAD))
+
+
+def test_a_body_that_is_lost_is_made_again() -> None:
+    """After a minute, and not at once for ever."""
+    bench = Bench()
+    bench.begin()
+    update = sealed(bench, 100)
+    assert kinds(bench.tell(core.UpdateLost(update.digest, "gone"))) == ["DropUpdate"]
+    assert "Train" not in kinds(bench.after(core.RETRY_FIRST - 1))
+    assert "Train" in kinds(bench.after(2))
+
+
+def test_an_expired_manifest_holds_its_updates_back() -> None:
+    """By the device's time; what a clock that jumped has held back goes out when it is right again."""
+    bench = Bench()
+    bench.begin()
+    bench.machine.delivery.disconnected()
+    update = sealed(bench, 100)
+    bench.now = Instant(bench.now.mono, bench.now.utc + 10**6)
+    bench.tell(Tick(), core.Connected())
+    assert "SendUpdate" not in kinds(bench.after(600))
+    bench.now = Instant(bench.now.mono, bench.now.utc - 10**6)
+    bench.tell(Tick())
+    sent = [each.update for each in bench.after(60) if isinstance(each, delivery.SendUpdate)]
+    assert sent[0] == update
 
 
 @settings(max_examples=60)

@@ -22,6 +22,7 @@ def test_round_trip(device: str, shard: int, update: bytes) -> None:
         assert part == Upload(shard, device, update.hex(), shard)
         assert topics.parse_chunk(topics.chunk((update * 2).hex(), shard)) == (update * 2, shard)
         assert topics.parse_device_status(topics.device_status(device)) == device
+        assert topics.parse_aggregator_status(topics.aggregator_status(shard)) == shard
     assert parse_task(task_release(device), "release") == device
     assert parse_task(task_round(device), "round") == device
 
@@ -58,6 +59,13 @@ def test_what_is_no_status(topic: str) -> None:
     """A status topic names one device."""
     with pytest.raises(RemoteProtocolError):
         TOPICS.parse_device_status(topic)
+
+
+@pytest.mark.parametrize("topic", ["fl/agg/x/status", "fl/agg/65536/status", "fl/agg/0/will", "fl/agg/00/status"])
+def test_what_is_no_aggregator(topic: str) -> None:
+    """Its status topic names one shard."""
+    with pytest.raises(RemoteProtocolError):
+        TOPICS.parse_aggregator_status(topic)
 
 
 @pytest.mark.parametrize("topic", ["models/release", "models/a/b/release", "models/_a/release", "models/a/round"])

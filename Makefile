@@ -9,6 +9,8 @@ BIN := .venv/bin
 DEVICES ?= 8
 ROUNDS ?= 15
 ARGS ?=
+# Tests that only compute share all cores; those with real processes and links run after them, one at a time.
+COMPUTED := tests/unit tests/sim tests/fuzz
 
 .PHONY: help setup lint check test demo bench mutants soak format lock wheel clean
 
@@ -30,7 +32,12 @@ check: lint ## format, lint, types, import contracts, unit tests: under a minute
 test: ## lint and every test; ARGS='-k wire -x' go to pytest
 	@deploy/setup.sh tests
 	@$(MAKE) lint
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/python -m pytest -q -n logical --dist worksteal $(COMPUTED)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(COMPUTED))
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 demo: setup ## a fleet of devices learns ten digits; DEVICES=8 ROUNDS=15
 	$(BIN)/python -m examples.digits.demo --devices $(DEVICES) --rounds $(ROUNDS) $(ARGS)

@@ -3,6 +3,7 @@
 All that only SQLite knows is here, so that aggregator.store stays one SQL for every database. It knows no table.
 """
 
+import contextlib
 import os
 import sqlite3
 from pathlib import Path
@@ -10,12 +11,16 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from shared.errors import FieldfareError, LocalProtocolError, StorageError
+from shared.errors import ConfigError, FieldfareError, LocalProtocolError, StorageError
+from shared.files import sync_folder
 
+SMALL = 64 << 20
+"""Bytes of a file that is checked at every start: that takes well under a second."""
 _PASSING = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM}
 """What may be otherwise at the next try."""
-_BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
-"""What somebody has to mend."""
+_REFUSED = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
+"""What somebody has to allow first."""
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 def engine(path: Path, *, read_only: bool) -> sa.Engine:
@@ -35,6 +40,42 @@ def engine(path: Path, *, read_only: bool) -> sa.Engine:
     return made
 
 
+def begin_use(path: Path) -> bool:
+    """Note that the file is written to from now on; whether it should be checked before."""
+    mark = _mark(path)
+    try:
+        unclean = mark.exists()
+        size = path.stat().st_size if path.exists() else 0
+        mark.touch(0o600)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError.of(mark, error) from error
+    return unclean or size <= SMALL
+
+
+def end_use(path: Path) -> None:
+    """Note that the file was closed as it should be."""
+    with contextlib.suppress(OSError):  # then the next start checks it, no more
+        _mark(path).unlink()
+
+
+def check(path: Path, connection: sa.Connection) -> None:
+    """Look at every page; ConfigError if one is damaged."""
+    with connection.begin():
+        found = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar())
+    if found != "ok":
+        raise damaged(path, found.splitlines()[-1])
+
+
+def damaged(path: Path, detail: str) -> ConfigError:
+    """Nothing in the file can be trusted any more, and it takes a person to decide what to lose."""
+    return ConfigError(
+        str(path),
+        "",
+        f"is damaged ({detail}): `aggregator restore FILE --force` sets it aside and begins from a backup",
+    )
+
+
 def copy(source: Path, target: Path) -> None:
     """A consistent copy of a database that may be in use, whole under its name or not there at all."""
     new = target.with_name(f"{target.name}.new")
@@ -51,14 +92,10 @@ def copy(source: Path, target: Path) -> None:
         finally:
             writing.close()
             reading.close()
-        for path in (new, None):
-            handle = os.open(path or target.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-            if path is not None:
-                os.replace(new, target)
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, target)
+        sync_folder(target.parent)
     except sqlite3.Error as error:
         new.unlink(missing_ok=True)
         raise failure(target, error) from error
@@ -68,10 +105,18 @@ def copy(source: Path, target: Path) -> None:
 
 
 def failure(path: Path, error: SQLAlchemyError | sqlite3.Error) -> FieldfareError:
-    """What a database's error is to us: the disk's or the file's fault, or our own."""
+    """What a database's error is to us: the disk's fault, damage (ConfigError), or our own."""
     cause = getattr(error, "orig", None) or error
     text = (str(cause) or type(cause).__name__).splitlines()[0]
     code = getattr(cause, "sqlite_errorcode", None)
-    if code is not None and code & 0xFF in _PASSING | _BROKEN:
-        return StorageError(str(path), text, passing=code & 0xFF in _PASSING)
+    kind = None if code is None else code & 0xFF
+    if kind in _DAMAGED:
+        return damaged(path, text)
+    if kind in _PASSING | _REFUSED:
+        return StorageError(str(path), text, passing=kind in _PASSING)
     return LocalProtocolError(f"the database failed: {text}")
+
+
+def _mark(path: Path) -> Path:
+    """A file that is there while the database is written to, and after a stop that was none."""
+    return path.with_name(f"{path.name}.in-use")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from aggregator import sqlite
 from aggregator import store as store_module
 from aggregator.ports import Contribution
 from aggregator.store import REMEMBERED, SCHEMA_VERSION, Store
@@ -18,6 +19,7 @@ from shared import wire
 from shared.errors import ConfigError, LocalProtocolError, StorageError
 from shared.messages import OfferState, ReleaseMessage, Signed
 from tests.records import Records
+from tests.unit.full_disk import filled, small_disk
 
 RECORDS = Records()
 MESSAGE = RECORDS.message()
@@ -101,7 +103,7 @@ def test_a_newer_schema(tmp_path: Path) -> None:
 def test_not_a_database(tmp_path: Path, content: bytes, read_only: bool) -> None:
     """A file that is something else is refused by name, and not written to."""
     (tmp_path / "db").write_bytes(content)
-    with pytest.raises(ConfigError, match="not a usable database"):
+    with pytest.raises(ConfigError, match=r"db: is damaged \(file is not a database\)"):
         Store(tmp_path / "db", read_only=read_only)
     assert (tmp_path / "db").read_bytes() == content
 
@@ -526,30 +528,39 @@ def form(path: Path) -> dict[str, object]:
         return columns | {"indexes": list(database.execute(indexes))}
 
 
+def killed_at(step: int, path: Path) -> int:
+    """The exit code of a process that opens the database and dies before its statement or commit of that number."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = [step]
+
+    def count(*_: object) -> None:
+        left[0] -= 1
+        if not left[0]:
+            os._exit(9)
+
+    try:
+        sa.event.listen(sa.Engine, "before_cursor_execute", count)
+        sa.event.listen(sa.Engine, "commit", count)
+        Store(path)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
 def test_killed_while_moving_over(tmp_path: Path) -> None:
     """Whenever the process dies, the database is wholly of one of the versions, and the next start ends the way."""
     before = version_1(tmp_path / "db")
     for name in list(tmp_path.iterdir()):
         (tmp_path / f"{name.name}.origin").write_bytes(name.read_bytes())
-    code = (
-        "import os, sqlalchemy as sa; from pathlib import Path; from aggregator.store import Store\n"
-        "left = [{step}]\n"
-        "@sa.event.listens_for(sa.Engine, 'before_cursor_execute')\n"
-        "@sa.event.listens_for(sa.Engine, 'commit')\n"
-        "def count(*_):\n"
-        "    left[0] -= 1\n"
-        "    if not left[0]: os._exit(9)\n"
-        "Store(Path({path!r}))\n"
-    )
-    top = Path(__file__).resolve().parents[2]
     ended = [9]
     while ended[-1] == 9:
         for name in tmp_path.glob("db*"):
             if not name.name.endswith(".origin"):
                 name.unlink()
         (tmp_path / "db").write_bytes((tmp_path / "db.origin").read_bytes())
-        command = [sys.executable, "-c", code.format(step=len(ended), path=str(tmp_path / "db"))]
-        ended.append(subprocess.run(command, cwd=top, env=os.environ | {"PYTHONPATH": str(top)}).returncode)
+        ended.append(killed_at(len(ended), tmp_path / "db"))
         now = rows(tmp_path / "db")
         assert now == before if now["schema_version"] == [(1,)] else now["schema_version"] == [(2,)]
         store = Store(tmp_path / "db")
@@ -577,8 +588,114 @@ def test_one_sql_for_two_databases(tmp_path: Path) -> None:
 
     engine = sa.create_mock_engine("postgresql://", note)
     store_module._meta.create_all(engine, checkfirst=False)
-    insert = store_module._INSERTS["postgresql"](store_module._contributions).values([store_module._values(row("a"))])
+    insert = store_module._INSERTS["postgresql"](store_module._contributions).values(store_module._values(row("a")))
     note(insert.on_conflict_do_nothing().returning(store_module._contributions.c.head_digest))
     text = "\n".join(said)
     assert text.count("CREATE TABLE") == 6 and "ON CONFLICT DO NOTHING RETURNING contributions.head_digest" in text
     assert "BYTEA" in text and "BLOB" not in text
+
+
+# -- damage and a disk that refuses --------------------------------------------------------------------------------
+
+
+def filled_store(path: Path) -> list[tuple[str, int]]:
+    """A store of some two hundred pages, closed; its tables' and indexes' pages are spread over the file."""
+    store = begun(path)
+    with store.transaction():
+        store.contribute([row(f"device-{number}", number, head=bytes(1500)) for number in range(300)])
+    store.close()
+    return [(path.name, path.stat().st_size) for path in path.parent.iterdir()]
+
+
+def test_a_damaged_page(tmp_path: Path) -> None:
+    """Whichever page it is: it is noticed at the start, names the file and the way out, or holds only free content."""
+    filled_store(tmp_path / "db")
+    whole = (tmp_path / "db").read_bytes()
+    noticed = 0
+    for page in range(0, len(whole), 4096 * 7):
+        damaged = whole[:page] + b"\xa5" * 4096 + whole[page + 4096 :]
+        (tmp_path / "db").write_bytes(damaged)
+        with pytest.raises(ConfigError) as caught:
+            Store(tmp_path / "db")
+        assert caught.value.path == str(tmp_path / "db")
+        assert "is damaged (" in caught.value.advice and "`aggregator restore" in caught.value.advice
+        assert (tmp_path / "db").read_bytes() == damaged
+        noticed += 1
+    assert noticed > 10
+    (tmp_path / "db").write_bytes(whole)
+    Store(tmp_path / "db").close()
+
+
+def test_a_large_file_is_checked_after_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a while, so not after a clean stop; a process that dies leaves its mark."""
+    filled_store(tmp_path / "db")
+    monkeypatch.setattr(sqlite, "SMALL", 1000)
+    whole = bytearray((tmp_path / "db").read_bytes())
+    page = whole.index(b"device-150") // 4096 * 4096
+    whole[page : page + 4096] = b"\xa5" * 4096
+    (tmp_path / "db").write_bytes(whole)
+    store = Store(tmp_path / "db")
+    with pytest.raises(ConfigError, match="is damaged"):
+        store.contributions("points", 1, 1)
+    store.close()
+    assert killed_at(10_000, tmp_path / "db") == 0  # opened, and never closed
+    assert [path.name for path in tmp_path.glob("*.in-use")] == ["db.in-use"]
+    with pytest.raises(ConfigError, match="is damaged"):
+        Store(tmp_path / "db")
+
+
+def test_a_record_that_is_none(tmp_path: Path) -> None:
+    """A page can be whole and its content not: what was stored verified and cannot be read is damage too."""
+    begun(tmp_path / "db").close()
+    with sqlite3.connect(tmp_path / "db") as database:
+        database.execute("UPDATE releases SET signed = x'00'")
+    store = Store(tmp_path / "db")
+    for ask in (store.tasks, lambda: store.release("points", 1, 0), lambda: store.retained("points")):
+        with pytest.raises(ConfigError, match=r"db: is damaged \(a record in it is"):
+            ask()
+    store.close()
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """What did not fit has changed nothing, and says that it may pass; the same works as soon as there is room."""
+    with small_disk(tmp_path / "disk", 4 << 20) as disk:
+        store = begun(disk / "db")
+        many = [row(f"device-{number}", number, head=bytes(1000)) for number in range(500)]
+        before = store.tasks()
+        with filled(disk, leave=65536):
+            for _ in range(3):
+                with pytest.raises(StorageError, match="full") as caught, store.transaction():
+                    assert len(store.contribute(many)) == 500
+                    store.end_round("points", 1, 1, "released", NOW)
+                assert (caught.value.passing, caught.value.path) == (True, str(disk / "db"))
+                assert store.tasks() == before
+        with store.transaction():
+            assert len(store.contribute(many)) == 500
+            store.end_round("points", 1, 1, "released", NOW)
+        store.close()
+        again = Store(disk / "db")
+        assert len(again.contributions("points", 1, 1)) == 500
+        again.close()
+
+
+def test_no_room_to_begin(tmp_path: Path) -> None:
+    """A full disk is no wrong setting: the service manager may try again, and nothing is spoilt by then."""
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        before = version_1(disk / "db")
+        with filled(disk), pytest.raises(StorageError) as caught:
+            Store(disk / "db")
+        assert caught.value.passing
+        assert sorted(path.name for path in disk.iterdir() if "new" in path.name or "v1" in path.name) == []
+        assert rows(disk / "db") == before
+        store = Store(disk / "db")
+        assert len(store.tasks()) == 2
+        store.close()
+
+
+def test_a_database_that_may_not_be_written(tmp_path: Path) -> None:
+    """A disk that went read-only, as they do after errors, refuses the start in the same words."""
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        begun(disk / "db").close()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(StorageError, match="Read-only"):
+            Store(disk / "db")

@@ -26,7 +26,7 @@ from aggregator.round import Round
 from aggregator.store import Store
 from shared import identity, logs, sealing, signing, systemd, tensors, wire
 from shared.driver import Driver, Mailbox, on_termination, read_clock
-from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, RemoteProtocolError
+from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, RemoteProtocolError, StorageError
 from shared.events import Event
 from shared.files import write_durably
 from shared.logs import tell
@@ -242,9 +242,8 @@ class Service:
                     case core.AdoptRelease():
                         self._distribution.adopt(effect, now)
                     case core.OpenRound(offer=offer):
-                        write_durably(
-                            self._key_file(offer.task, effect.manifest_version, offer.round), effect.private_key
-                        )
+                        key = self._key_file(offer.task, effect.manifest_version, offer.round)
+                        _keep(key, effect.private_key)
                         self._store.open_round(offer.task, effect.manifest_version, offer.round, effect.signed, now)
                     case core.ReviseRound(offer=offer):
                         self._store.revise_round(
@@ -446,11 +445,14 @@ class Service:
         }
         if shown == self._shown:
             return
-        self._shown = shown
         path = self._state / "status.json"
         temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(shown), encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(shown), encoding="utf-8")
+            temporary.replace(path)
+            self._shown = shown
+        except OSError:
+            temporary.unlink(missing_ok=True)  # a full disk: what needs the room more says so
         doing = ", ".join(f"{name} {task.phase}" for name, task in sorted(tasks.items())) or "no task"
         link = "connected" if self._link.connected else "not connected"
         self._manager.status(f"{link}; {len(online)} devices online; {doing}")
@@ -465,6 +467,13 @@ _DURABLE = (
     core.StoreRelease,
     core.AbandonRound,
 )
+
+
+def _keep(path: Path, data: bytes) -> None:
+    try:
+        write_durably(path, data)
+    except OSError as error:
+        raise StorageError.of(path, error) from error
 
 
 def run(config: AggregatorConfig) -> None:

@@ -24,6 +24,7 @@ from shared.topics import RELEASE, Topics
 from tests.hostile import records
 from tests.hostile.records import Device, Update
 from tests.hostile.site import status
+from tests.unit.full_disk import filled, small_disk
 
 TASK = "points"
 
@@ -420,3 +421,18 @@ def test_a_device_that_is_denied_while_its_chunks_come(broad: Bench) -> None:
     broad.deny.write_text("sensor-1\n")
     broad.batch(*(broad.chunk(update, number) for number in range(4)))
     assert (broad.updates, broad.service._refused) == (0, {"denied": 1})
+
+
+def test_a_full_disk_stops_no_status(tmp_path: Path) -> None:
+    """What the operator reads is written when there is room again; until then the last one stays."""
+    with small_disk(tmp_path / "state", 4 << 20) as disk:
+        bench = Bench(tmp_path)
+        bench.service._show()
+        before = (disk / "status.json").read_bytes()
+        bench.service._count("something")
+        with filled(disk):
+            bench.service._show()
+            assert [path.name for path in disk.glob("status*")] == ["status.json"]
+            assert (disk / "status.json").read_bytes() == before
+        bench.service._show()
+        assert b"something" in (disk / "status.json").read_bytes()

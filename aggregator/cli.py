@@ -269,6 +269,39 @@ def _task_facts(task: "StoredTask") -> dict[str, object]:
     }
 
 
+def _backup(options: argparse.Namespace) -> int:
+    from aggregator import backup, config
+
+    if options.output.exists() and not options.force:
+        raise Failure(Exit.FAILED, f"{options.output} exists; give another name, or --force to replace it")
+    made = backup.make(config.load(options.config, os.environ), options.output, time.time())
+    tasks, blobs = made.manifest.tasks, len(made.manifest.members) - 1
+    if options.json:
+        facts = {"file": str(options.output.absolute()), "bytes": made.size, "tasks": tasks, "blobs": blobs}
+        show(facts | {"left_out": made.left_out}, True)
+    else:
+        print(f"wrote {options.output}: {len(tasks)} tasks, {blobs} graphs and weights, {made.size} bytes")
+    if made.left_out:
+        say(f"{len(made.left_out)} older weights could not be read and are not in it: no rollback to them")
+    return Exit.OK
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from aggregator import backup, config
+
+    settings = config.load(options.config, os.environ)
+    try:
+        manifest = backup.restore(settings, options.file, time.time(), force=options.force)
+    except RemoteProtocolError as error:
+        raise Failure(Exit.REFUSED, f"{options.file}: {error}; nothing was restored") from None
+    if options.json:
+        show({"directory": str(settings.state.directory), "tasks": manifest.tasks, "made": manifest.made}, True)
+    else:
+        print(f"restored {len(manifest.tasks)} tasks of {cli.moment(manifest.made)} into {settings.state.directory}")
+        say("start the aggregator: it takes over what the broker knows more, then opens new rounds")
+    return Exit.OK
+
+
 # -- what several commands need ----------------------------------------------------------------------------------
 
 
@@ -504,6 +537,30 @@ def _parser() -> Parser:
         "An exit code of 5 means that it is not running; what it said last is printed all the same.",
         "aggregator status --config fleet/aggregator/aggregator.toml --json",
     )  # fmt: skip
+    _add_config(one)
+    cli.add_json(one)
+
+    one = cli.add_command(
+        groups, "backup", _backup, "write all that cannot be made again into one file",
+        "Write a consistent copy of the database, with the graphs and weights that it needs, into one file. The "
+        "aggregator may be running. No private key and no update of a device is in it.",
+        "aggregator backup -o aggregator-2027-01-31.tar --config fleet/aggregator/aggregator.toml",
+    )  # fmt: skip
+    _add_output(one, "the file to write")
+    _add_force(one)
+    _add_config(one)
+    cli.add_json(one)
+
+    one = cli.add_command(
+        groups, "restore", _restore, "bring the state directory back from a backup",
+        "Check a backup to its last byte and bring the state directory to what it holds; the aggregator must not be "
+        "running. Rounds that were open are over. When the aggregator starts, it first takes over what the broker "
+        "knows of each task, then skips far ahead, so that devices accept what it publishes.",
+        "aggregator restore aggregator-2027-01-31.tar --config fleet/aggregator/aggregator.toml",
+        "aggregator restore aggregator-2027-01-31.tar --force",
+    )  # fmt: skip
+    one.add_argument("file", type=Path, metavar="FILE", help="what `aggregator backup` wrote")
+    one.add_argument("--force", action="store_true", help="set a database that lies there aside, under another name")
     _add_config(one)
     cli.add_json(one)
 

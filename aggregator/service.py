@@ -28,7 +28,7 @@ from shared import identity, logs, sealing, signing, systemd, tensors, wire
 from shared.driver import Driver, Mailbox, on_termination, read_clock
 from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, RemoteProtocolError, StorageError
 from shared.events import Event
-from shared.files import write_durably
+from shared.files import hold, write_durably
 from shared.logs import tell
 from shared.machine import Instant, Tick
 from shared.messages import (
@@ -535,11 +535,7 @@ def _summary(task: Task) -> dict[str, object]:
 
 def _alone(path: Path) -> object:
     """Hold the state directory; two aggregators on one would both sign rounds."""
-    import fcntl
-
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ConfigError(str(path), "state.directory", "another aggregator runs on this directory") from None
+    file = hold(path)
+    if file is None:
+        raise ConfigError(str(path), "state.directory", "another aggregator runs on this directory")
     return file

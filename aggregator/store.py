@@ -251,6 +251,12 @@ class Store(ports.Store):
         """Whether a task still waits for what the broker knows of it."""
         self._change_task(task, {"restored": restored})
 
+    def mark_restored(self, now: float) -> None:
+        """Every task comes from a backup, and every round that was open then has ended, since its key is gone."""
+        self._connection.execute(_tasks.update().values(restored=True))
+        going = _rounds.update().where(_rounds.c.state.in_(sorted(PHASES)))
+        self._connection.execute(going.values(state="superseded", ended=now))
+
     def prune(self, now: float, most: int = 10_000) -> int:
         """Forget rows of rounds that ended more than 400 days ago; returns how many, at most `most`.
 

@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all, also after a power cut."""
+"""Files that are there whole or not at all, also after a power cut; and files that one process holds."""
 
 import contextlib
 import os
+from io import BufferedWriter
 from pathlib import Path
 
 
@@ -29,3 +30,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def hold(path: Path) -> BufferedWriter | None:
+    """Hold a lock file until the result is closed, or the process ends in any way; None while another one holds it."""
+    import fcntl
+
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file

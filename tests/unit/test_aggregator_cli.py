@@ -33,6 +33,8 @@ COMMANDS = [
     ["model", "export"],
     ["run"],
     ["status"],
+    ["backup"],
+    ["restore"],
     ["task"],
     ["task", "list"],
 ]
@@ -375,7 +377,31 @@ def test_task_list_reads_the_database(site: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.split() == ["task", "version", "release", "round", "state", "updates", "expires"]
 
 
-@pytest.mark.parametrize("command", [["run"], ["status"], ["task", "list"]])
+def test_backup_and_restore(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is there is not replaced unasked, what is damaged is refused (3), and the result is told."""
+    config = site / "fleet" / "aggregator" / "aggregator.toml"
+    settings, output = load(config), str(tmp_path / "backup.tar")
+    settings.state.directory.mkdir(exist_ok=True)
+    Store(settings.database).close()
+    options = ["--config", str(config)]
+    assert cli.main(["backup", "-o", output, *options]) == 0
+    assert "0 tasks, 0 graphs and weights" in capsys.readouterr().out
+    assert cli.main(["backup", "-o", output, *options]) == 1
+    assert cli.main(["backup", "-o", output, "--force", "--json", *options]) == 0
+    assert _json(capsys) | {"bytes": 0} == {"file": output, "bytes": 0, "tasks": [], "blobs": 0, "left_out": []}
+    assert cli.main(["restore", output, *options]) == 1
+    assert "--force sets it aside" in capsys.readouterr().err
+    assert cli.main(["restore", output, "--force", "--json", *options]) == 0
+    assert _json(capsys)["directory"] == str(settings.state.directory)
+    Path(output).write_bytes(Path(output).read_bytes()[:-1])
+    assert cli.main(["restore", output, "--force", *options]) == 3
+    assert "nothing was restored" in capsys.readouterr().err
+    assert cli.main(["restore", str(tmp_path / "none.tar"), *options]) == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["run"], ["status"], ["task", "list"], ["backup", "-o", "nowhere.tar"], ["restore", "nowhere.tar"]]
+)
 def test_a_bad_configuration_is_78(tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong configuration ends every command that reads it with 78 and one line that names file and key."""
     config = tmp_path / "aggregator.toml"

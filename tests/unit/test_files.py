@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.files import write_durably
+from shared.files import hold, write_durably
 
 
 def test_written_and_replaced(tmp_path: Path) -> None:
@@ -68,3 +68,19 @@ def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_durably(tmp_path / "absent" / "state", b"x")
     assert not (tmp_path / "absent").exists()
+
+
+def test_one_holds_a_file(tmp_path: Path) -> None:
+    """Until it lets go or ends in any way; what is in the file stays."""
+    (tmp_path / "lock").write_text("mine")
+    first = hold(tmp_path / "lock")
+    assert first is not None and hold(tmp_path / "lock") is None
+    first.close()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if hold(tmp_path / "lock") else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    again = hold(tmp_path / "lock")
+    assert again is not None
+    again.close()
+    assert (tmp_path / "lock").read_text() == "mine"

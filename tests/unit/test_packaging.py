@@ -41,6 +41,7 @@ SHELL = {
     "edge_agent.service",
     "edge_agent.store",
     "edge_agent.trainer",
+    "aggregator.backup",
     "aggregator.blobs",
     "aggregator.broker",
     "aggregator.ca",

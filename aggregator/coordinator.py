@@ -114,6 +114,14 @@ class ChunkReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateCondemned:
+    """Putting this update together kills the process: it is not tried again."""
+
+    device: str
+    update: str
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateOpened:
     """The body of a head, authentic, decrypted and valid; the shell holds its numbers under the head's digest."""
 
@@ -165,6 +173,7 @@ Event = (
     | HeadAdmitted
     | HeadSpoilt
     | ChunkReceived
+    | UpdateCondemned
     | UpdateOpened
     | UpdateSpoilt
     | HeadRecalled
@@ -452,6 +461,8 @@ class Coordinator:
                 return self._refuse(received, Outcome.REJECTED, error.reason, error.detail)
             case ChunkReceived():
                 return self._chunk_received(event, now)
+            case UpdateCondemned(device=device, update=update):
+                return self._update_condemned(device, update, now)
             case UpdateOpened(received=received, body=body):
                 return self._update_opened(received, body, now)
             case UpdateSpoilt(received=received, error=error):
@@ -748,6 +759,13 @@ class Coordinator:
             # Hours may lie between head and last chunk.
             answer = self._answer(received)
             effects += self._open_update(received) if answer is None else answer
+        return effects
+
+    def _update_condemned(self, device: str, update: str, now: Instant) -> list[Effect]:
+        step = self.reassembler.drop(lambda each: (each.context.device, each.name) == (device, update), now.mono)
+        effects = self._stepped(step)
+        for received in step.dropped:
+            effects += self._update_spoilt(received, RemoteProtocolError(Reason.QUARANTINED), now)
         return effects
 
     def _open_update(self, received: HeadReceived) -> list[Effect]:

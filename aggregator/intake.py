@@ -4,6 +4,7 @@ An update's numbers stay here, under the digest of its head, from `open` to `con
 them. What counts is decided there and made durable by the service, never here.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from aggregator import validate
 from aggregator.config import Limits
 from aggregator.fold import Fold, Vector
 from aggregator.ports import Blobs, Contribution, Store
+from aggregator.quarantine import fingerprint
 from aggregator.reassembler import Bounds
 from aggregator.round import DUPLICATE, Verdict
 from shared import codec, identity, sealing, wire
@@ -26,7 +28,7 @@ from shared.layout import FLOATING, size
 from shared.logs import tell
 from shared.messages import Outcome, PlainBody, TaskManifest, UpdateContext, UpdateHead, UpdateMessage
 from shared.mqtt import Message
-from shared.topics import Topics, update_name
+from shared.topics import Topics, Upload, update_name
 
 
 def decode(topics: Topics, message: Message, limit: int) -> core.HeadReceived | core.ChunkReceived:
@@ -47,6 +49,23 @@ def decode(topics: Topics, message: Message, limit: int) -> core.HeadReceived | 
     if update.body is not None and head.chunk_size:
         raise RemoteProtocolError(Reason.UNASKED, f"{context.device} sent the body of a head in chunks along with it")
     return core.HeadReceived(digest, head, context, update.head, update.sig, update.body)
+
+
+def chunk_of(topics: Topics, message: Message) -> Upload | None:
+    """Whose chunk a message is, if it is one."""
+    with contextlib.suppress(RemoteProtocolError):
+        upload = topics.parse_upload(message.topic)
+        return None if upload.chunk is None else upload
+    return None
+
+
+def suspicion(topics: Topics, message: Message) -> str:
+    """What a message is called that may kill the process.
+
+    An update in chunks does so as a whole, whichever of them comes last and however often it is sent.
+    """
+    upload = chunk_of(topics, message)
+    return fingerprint(message) if upload is None else f"{upload.device} {upload.update}"
 
 
 class Intake:

@@ -11,7 +11,7 @@ again and begins anew.
 It must never look into the bytes, and it knows nothing of rounds or heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -135,6 +135,11 @@ class Reassembler(Generic[T]):
     def holds(self, device: str) -> bool:
         """Whether anything of this device is collected or waits."""
         return device in self._shares
+
+    def completes(self, device: str, name: str, numbers: Collection[int]) -> bool:
+        """Whether these chunks are all that an update still misses."""
+        found = self._collecting.get((device, name))
+        return found is not None and len(found.asked.intersection(numbers)) == found.left
 
     def again(self, device: str, name: str, now: float) -> Step[T] | None:
         """For an update that is here already: what it misses now. None for one that has to begin."""

@@ -8,10 +8,11 @@ which the next start continues.
 import collections
 import json
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from aggregator import coordinator as core
 from aggregator import intake, ports, validate
@@ -21,6 +22,7 @@ from aggregator.coordinator import Coordinator, Effect, Task
 from aggregator.distribution import Distribution
 from aggregator.intake import DenyList, Intake
 from aggregator.ports import BlobLost, Contribution, StoredTask
+from aggregator.quarantine import Quarantine
 from aggregator.reassembler import Reassembler
 from aggregator.round import Round
 from aggregator.store import Store
@@ -49,6 +51,8 @@ from shared.version import VERSION
 SHARD = 0
 _HEARTBEAT = 30.0
 """Seconds after which the owner loop turns though nothing happens; the watchdog may ask for less."""
+_RETRY_EVERY = 5.0
+"""Seconds between two tries to write to a disk that is full."""
 _SHOW_EVERY = 1.0
 """Seconds between two writings of the status file at the least."""
 
@@ -61,6 +65,7 @@ class Stop:
 
 
 ServiceEvent = LinkEvent | core.Event | Stop
+R = TypeVar("R")
 
 
 class Service:
@@ -107,6 +112,8 @@ class Service:
         self._refused: collections.Counter[str] = collections.Counter()
         self._started, self._greeted = now, False
         self._session, self._link_cause = os.urandom(8), ""
+        self._quarantine = Quarantine(state)
+        self._ending = threading.Event()
         self.mailbox: Mailbox[ServiceEvent] = Mailbox(config.limits.inbound_messages, config.limits.inbound_bytes)
         self._link = Link(
             LinkSettings(
@@ -129,8 +136,13 @@ class Service:
         self._shown: dict[str, object] = {}
         self._manager = systemd.ServiceManager(os.environ)
 
+    def end(self, by: int) -> None:
+        """End in order, because of this signal; for any thread."""
+        self._ending.set()
+        self.mailbox.post(Stop(by))
+
     def run(self) -> None:
-        """Work until a signal says stop."""
+        """Work until `end`."""
         wait = min(_HEARTBEAT, self._manager.watchdog or _HEARTBEAT)
         self._link.start()
         self._manager.ready()
@@ -146,6 +158,12 @@ class Service:
                 stale |= self._driver.turn(min(wait, due - now) if stale else wait)
                 if self._link.alive:
                     self._manager.alive()
+        except (ConfigError, StorageError) as error:
+            self._quarantine.close()  # no message is to blame
+            if not (isinstance(error, StorageError) and self._ending.is_set()):
+                raise
+        else:
+            self._quarantine.close()
         finally:
             self._manager.stopping()
             if self._link.connected:
@@ -170,6 +188,8 @@ class Service:
         """Decode what is still bytes, then let the coordinator decide."""
         match event:
             case Message():
+                if len(self._quarantine) and self._quarantine.holds(intake.suspicion(self._topics, event)):
+                    return self._condemned(event, now)
                 return self._coordinator.handle(self._decode(event), now)
             case LinkUp():
                 return self._link_up(event, now)
@@ -190,6 +210,13 @@ class Service:
                 return []
             case _:
                 return self._coordinator.handle(event, now)
+
+    def _condemned(self, message: Message, now: Instant) -> list[Effect]:
+        """A message that must not be handled: whoever pulls an update's chunks gives it up, all else is refused."""
+        upload = intake.chunk_of(self._topics, message)
+        if upload is not None:
+            return self._coordinator.handle(core.UpdateCondemned(upload.device, upload.update), now)
+        raise RemoteProtocolError(Reason.QUARANTINED, f"{len(message.payload)} bytes that killed the process before")
 
     def _link_up(self, event: LinkUp, now: Instant) -> list[Effect]:
         fresh = not (event.session_present and self._greeted)
@@ -220,6 +247,26 @@ class Service:
         topic = event.topic if isinstance(event, Message) else type(event).__name__
         tell(Event.MESSAGE_REFUSED, topic=topic, reason=error.reason.value, detail=error.detail)
 
+    def portions(self, batch: Sequence[ServiceEvent | Tick]) -> Iterable[Sequence[ServiceEvent | Tick]]:
+        """All at once, but whatever is suspected of killing the process alone."""
+        # A chunk is only put in its place, which kills nobody, unless it is the last that its update misses.
+        numbers: dict[tuple[str, str], set[int]] = {}
+        chunks = {id(event): intake.chunk_of(self._topics, event) for event in batch if isinstance(event, Message)}
+        for chunk in chunks.values():
+            if chunk is not None and chunk.chunk is not None:
+                numbers.setdefault((chunk.device, chunk.update), set()).add(chunk.chunk)
+        whole = {key for key, found in numbers.items() if self._coordinator.reassembler.completes(*key, found)}
+
+        def name_of(event: ServiceEvent | Tick) -> str | None:
+            if not isinstance(event, Message):
+                return None
+            chunk = chunks[id(event)]
+            if chunk is not None and (chunk.device, chunk.update) not in whole:
+                return None
+            return intake.suspicion(self._topics, event)
+
+        return self._quarantine.portions(batch, name_of)
+
     def settle(self, event: ServiceEvent | Tick) -> None:
         """Acknowledge what came from the broker."""
         # Numbers that no contribution took. Not sooner: one head may come twice in a batch, with a bad body and a good.
@@ -228,10 +275,12 @@ class Service:
             self._link.acknowledge(event)
 
     def commit(self, effects: Sequence[Effect]) -> None:
-        """Blobs and keys first, then everything else in one transaction."""
-        durable = [each for each in effects if isinstance(each, _DURABLE)]
-        if not durable:
-            return
+        """Blobs and keys first, then everything else in one transaction; waits for a disk that is full."""
+        durable = [each for each in effects if isinstance(each, Durable)]
+        if durable:
+            self._insist(lambda: self._commit(durable))
+
+    def _commit(self, durable: "Sequence[Durable]") -> None:
         received = [each.received for each in durable if isinstance(each, core.Contribute)]
         self._blobs.put_all({each.head.sha256: each.body for each in received if each.body is not None})
         now = read_clock().utc
@@ -242,8 +291,7 @@ class Service:
                     case core.AdoptRelease():
                         self._distribution.adopt(effect, now)
                     case core.OpenRound(offer=offer):
-                        key = self._key_file(offer.task, effect.manifest_version, offer.round)
-                        _keep(key, effect.private_key)
+                        self._keep_key(offer.task, effect.manifest_version, offer.round, effect.private_key)
                         self._store.open_round(offer.task, effect.manifest_version, offer.round, effect.signed, now)
                     case core.ReviseRound(offer=offer):
                         self._store.revise_round(
@@ -277,7 +325,34 @@ class Service:
             self._intake.recorded = self._store.contribute(rows)
 
     def perform(self, effect: Effect) -> Iterable[core.Event]:
-        """Carry one effect out."""
+        """Carry one effect out; again from its beginning where the disk refused, which each of them bears."""
+        return self._insist(lambda: list(self._perform(effect)))
+
+    def _insist(self, work: Callable[[], R]) -> R:
+        """Do what needs the disk, again and again as long as it refuses; StorageError if it must be mended first.
+
+        Nothing is acknowledged meanwhile, so nothing is lost; whoever stops the daemon stops this too.
+        """
+        told = False
+        while True:
+            try:
+                done = work()
+            except StorageError as error:
+                if not told:
+                    self._count("storage_failed")
+                    tell(Event.STORAGE_FAILED, path=error.path, detail=error.detail)
+                    self._manager.status(f"waiting for the disk: {error}")
+                told = True
+                if not error.passing or self._ending.wait(_RETRY_EVERY):
+                    raise
+                self._manager.alive()
+            else:
+                if told:
+                    tell(Event.STORAGE_RECOVERED)
+                    self._shown = {}
+                return done
+
+    def _perform(self, effect: Effect) -> Iterable[core.Event]:
         match effect:
             case core.AdoptRelease(manifest=manifest):
                 self._count("releases_adopted")
@@ -343,8 +418,8 @@ class Service:
                 for name in self._store.weights_spent(effect.task, self._config.limits.keep_releases):
                     self._blobs.delete(name)
             case core.AbandonRound():
-                tell(Event.ROUND_ABANDONED, task=effect.task, round=effect.number, how=effect.how)
                 self._erase_round(effect.task, effect.manifest_version, effect.number)
+                tell(Event.ROUND_ABANDONED, task=effect.task, round=effect.number, how=effect.how)
             case core.FinishTask():
                 tell(Event.TASK_FINISHED, task=effect.task, rounds=effect.rounds)
             case _:
@@ -406,6 +481,13 @@ class Service:
     def _presence(self, *, online: bool) -> bytes:
         return wire.pack(AggregatorStatus(v=1, session=self._session, online=online, version=VERSION))
 
+    def _keep_key(self, task: str, version: int, number: int, private: bytes) -> None:
+        path = self._key_file(task, version, number)
+        try:
+            write_durably(path, private)
+        except OSError as error:
+            raise StorageError.of(path, error) from error
+
     def _key_file(self, task: str, version: int, number: int) -> Path:
         return self._keys / f"{task}.{version}.{number}"
 
@@ -442,6 +524,7 @@ class Service:
             "tasks": {name: _summary(task) for name, task in sorted(tasks.items())},
             "counts": dict(sorted(self._counts.items())),
             "refused": dict(sorted(self._refused.items())),
+            "quarantined": len(self._quarantine),
         }
         if shown == self._shown:
             return
@@ -458,29 +541,23 @@ class Service:
         self._manager.status(f"{link}; {len(online)} devices online; {doing}")
 
 
-_DURABLE = (
-    core.AdoptRelease,
-    core.OpenRound,
-    core.ReviseRound,
-    core.Contribute,
-    core.Reject,
-    core.StoreRelease,
-    core.AbandonRound,
+Durable = (
+    core.AdoptRelease
+    | core.OpenRound
+    | core.ReviseRound
+    | core.Contribute
+    | core.Reject
+    | core.StoreRelease
+    | core.AbandonRound
 )
-
-
-def _keep(path: Path, data: bytes) -> None:
-    try:
-        write_durably(path, data)
-    except OSError as error:
-        raise StorageError.of(path, error) from error
+"""Effects that are on disk before anything is carried out."""
 
 
 def run(config: AggregatorConfig) -> None:
     """`aggregator run`: until SIGTERM or SIGINT."""
     logs.configure(config.log.level, config.log.format, environ=os.environ, identifier="aggregator")
     service = Service(config, read_clock())
-    on_termination(lambda number: service.mailbox.post(Stop(number)))
+    on_termination(service.end)
     service.run()
 
 

@@ -318,6 +318,10 @@ class Service:
         topic = event.topic if isinstance(event, Message) else type(event).__name__
         tell(Event.MESSAGE_REFUSED, topic=topic, reason=error.reason.value, detail=error.detail)
 
+    def portions(self, batch: Sequence[ServiceEvent | Tick]) -> Iterable[Sequence[ServiceEvent | Tick]]:
+        """All at once."""
+        return [batch]
+
     def settle(self, event: ServiceEvent | Tick) -> None:
         """A clean session acknowledges by itself."""
 

@@ -3,7 +3,8 @@
 Every other thread (network, scheduler, child readers, signal handlers) only posts events. A machine is sans-I/O:
 `handle(event, now)` returns effects, `deadline` says when it wants to be woken though nothing happens (monotonic
 seconds), and a call that raises has changed nothing. The shell makes effects durable (`commit`) before it carries any
-of them out (`perform`); what an effect finds out comes back as further events, handled at once.
+of them out (`perform`); what an effect finds out comes back as further events, handled at once. It may cut a batch into
+portions, each of which is worked and acknowledged by itself.
 
 This module must never know what a message or a round is.
 """
@@ -44,6 +45,9 @@ class Machine(Protocol[E_contra, F_co]):
 
 class Shell(Protocol[E, F_contra]):
     """The thin outside of a daemon."""
+
+    def portions(self, batch: Sequence[E]) -> Iterable[Sequence[E]]:
+        """The batch in its order, in pieces that are each worked and settled before the next one is asked for."""
 
     def refused(self, event: E, error: RemoteProtocolError) -> None:
         """A peer's event was refused: count it and log one line."""
@@ -127,9 +131,10 @@ class Driver(Generic[E, F]):
         due = self._machine.deadline
         if due is not None and due <= now.mono:
             batch.append(Tick())
-        self._work(batch, now)
-        for event in batch:
-            self._shell.settle(event)
+        for portion in self._shell.portions(batch):
+            self._work(portion, now)
+            for event in portion:
+                self._shell.settle(event)
         return bool(batch)
 
     def _work(self, events: Sequence[E | Tick], now: Instant) -> None:

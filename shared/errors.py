@@ -61,6 +61,7 @@ class Reason(StrEnum):
     UNASKED = "unasked"
     BAD_CHUNK = "bad_chunk"
     EVICTED = "evicted"
+    QUARANTINED = "quarantined"
 
 
 class FieldfareError(Exception):

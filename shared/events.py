@@ -52,6 +52,9 @@ class Event(StrEnum):
     UPDATE_ACCEPTED = "update.accepted"
     UPDATE_REJECTED = "update.rejected"
     UPDATE_EVICTED = "update.evicted"
+    MESSAGE_QUARANTINED = "message.quarantined"
+    STORAGE_FAILED = "storage.failed"
+    STORAGE_RECOVERED = "storage.recovered"
     RELEASE_PUBLISHED = "release.published"
     TASK_FINISHED = "task.finished"
 
@@ -67,6 +70,8 @@ _LEVELS: Mapping[Event, str] = {
     Event.UPDATE_DROPPED: "warning",
     Event.ROUND_EXTENDED: "warning",
     Event.UPDATE_REJECTED: "warning",
+    Event.MESSAGE_QUARANTINED: "error",
+    Event.STORAGE_FAILED: "error",
     Event.ROUND_ABANDONED: "warning",
     Event.PUBLISH_REFUSED: "error",
 }

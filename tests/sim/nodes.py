@@ -360,7 +360,9 @@ class _Teller:
     def __call__(self, _logger: Any, _method: str, event: Any) -> Any:
         if self._world._trace is not None:
             who = self._world.running.name if self._world.running is not None else "-"
-            fields = " ".join(f"{name}={value}" for name, value in event.items() if name != "event" and value is not None)
+            fields = " ".join(
+                f"{name}={value}" for name, value in event.items() if name != "event" and value is not None
+            )
             self._world.say(f"{who}: {event['event']} {fields}"[:300])
         raise structlog.DropEvent
 

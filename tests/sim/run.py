@@ -173,7 +173,14 @@ class Schedule:
         at = 0.0
         while (at := at + dice.expovariate(rate)) < self.trouble:
             what = dice.choices(
-                (self._crash_device, self._crash_aggregator, self._stop_broker, self._part, self._sleep, self._set_clock),
+                (
+                    self._crash_device,
+                    self._crash_aggregator,
+                    self._stop_broker,
+                    self._part,
+                    self._sleep,
+                    self._set_clock,
+                ),
                 weights,
             )[0]
             world.at(at, what)
@@ -352,7 +359,9 @@ def main() -> int:
     options.add_argument("--seconds", type=float, default=0.0, help="go on for so long, seed after seed")
     given = options.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":
-        return subprocess.call([sys.executable, "-m", "tests.sim.run", *sys.argv[1:]], env=os.environ | {"PYTHONHASHSEED": "0"})
+        return subprocess.call(
+            [sys.executable, "-m", "tests.sim.run", *sys.argv[1:]], env=os.environ | {"PYTHONHASHSEED": "0"}
+        )
     first, _, last = given.seeds.partition("..")
     seeds = iter(range(int(first), int(last or first) + 1))
     end = time.monotonic() + given.seconds

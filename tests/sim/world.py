@@ -141,9 +141,7 @@ class Broker:
         if name in self._sessions:
             self._lose(name)
         kept = self._kept.pop(name, None) if link.settings.durable else None
-        session = _Session(
-            link, link.epoch, kept.filters if kept else set(), kept.waiting if kept else deque()
-        )
+        session = _Session(link, link.epoch, kept.filters if kept else set(), kept.waiting if kept else deque())
         self._sessions[name] = session
         link.arrives(lambda: link.up(kept is not None))
         self._push(session)

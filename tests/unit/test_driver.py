@@ -38,6 +38,13 @@ class Recorder:
         if effect == "ask-effect":
             yield "answer"
 
+    def portions(self, batch: Sequence[Event | Tick]) -> Iterable[Sequence[Event | Tick]]:
+        names = ["tick" if isinstance(event, Tick) else event for event in batch]
+        if "alone" not in names:
+            return [batch]
+        at = names.index("alone")
+        return [batch[:at], batch[at : at + 1], batch[at + 1 :]]
+
     def settle(self, event: Event | Tick) -> None:
         self.said.append(f"settle {'tick' if isinstance(event, Tick) else event}")
 
@@ -74,6 +81,22 @@ def test_what_an_effect_finds_out_is_handled_before_the_acknowledgement() -> Non
         "commit answer-effect",
         "perform answer-effect",
         "settle ask",
+    ]
+
+
+def test_a_portion_is_done_before_the_next_begins() -> None:
+    """Committed, performed and acknowledged: what it left behind cannot be lost with the next."""
+    said = drive(Recorder(), "one", "alone", "two")
+    assert [line for line in said if line.startswith(("handle", "commit", "settle"))] == [
+        "handle one",
+        "commit one-effect",
+        "settle one",
+        "handle alone",
+        "commit alone-effect",
+        "settle alone",
+        "handle two",
+        "commit two-effect",
+        "settle two",
     ]
 
 

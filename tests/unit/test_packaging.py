@@ -54,6 +54,7 @@ SHELL = {
     "aggregator.model",
     "aggregator.ports",
     "aggregator.publish",
+    "aggregator.quarantine",
     "aggregator.release",
     "aggregator.service",
     "aggregator.sqlite",

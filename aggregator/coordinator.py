@@ -237,7 +237,7 @@ class PublishOffer:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Verify a head, before anything is spent on its body; `opened` is when its round opened (Unix time)."""
+    """Verify a head before its chunks are asked for; `opened` is when its round opened (Unix time)."""
 
     received: HeadReceived
     opened: float
@@ -261,10 +261,14 @@ class Evict:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Decrypt and validate an admitted update, which has its body."""
+    """Decrypt and validate an update, which has its body.
+
+    `opened` is when its round opened (Unix time) if the head is to be verified first, None if it was admitted.
+    """
 
     received: HeadReceived
     clip: float
+    opened: float | None
     manifest: TaskManifest
 
 
@@ -730,19 +734,16 @@ class Coordinator:
         answer = self._answer(received)
         if answer is not None:
             return answer
-        if received.body is None:
-            known = self.reassembler.again(received.context.device, received.name, now.mono)
-            if known is not None:
-                return self._stepped(known)
         task, current = self._collecting(received)
-        return [Admit(received, current.opened, task.manifest)]
+        if received.body is not None:
+            return self._open_update(received, current.opened)
+        known = self.reassembler.again(received.context.device, received.name, now.mono)
+        return [Admit(received, current.opened, task.manifest)] if known is None else self._stepped(known)
 
     def _head_admitted(self, received: HeadReceived, now: Instant) -> list[Effect]:
         answer = self._answer(received)
         if answer is not None:
             return answer
-        if received.body is not None:
-            return self._open_update(received)
         head, device = received.head, received.context.device
         try:
             step = self.reassembler.begin(device, received.name, received, head.size, head.chunk_size, now.mono)
@@ -758,7 +759,7 @@ class Coordinator:
             received = replace(received, body=body)
             # Hours may lie between head and last chunk.
             answer = self._answer(received)
-            effects += self._open_update(received) if answer is None else answer
+            effects += self._open_update(received, None) if answer is None else answer
         return effects
 
     def _update_condemned(self, device: str, update: str, now: Instant) -> list[Effect]:
@@ -768,10 +769,10 @@ class Coordinator:
             effects += self._update_spoilt(received, RemoteProtocolError(Reason.QUARANTINED), now)
         return effects
 
-    def _open_update(self, received: HeadReceived) -> list[Effect]:
+    def _open_update(self, received: HeadReceived, opened: float | None) -> list[Effect]:
         task, _ = self._collecting(received)
         assert task.offer is not None
-        return [Open(received, task.offer.clip, task.manifest)]
+        return [Open(received, task.offer.clip, opened, task.manifest)]
 
     def _update_opened(self, received: HeadReceived, body: PlainBody, now: Instant) -> list[Effect]:
         # Closed meanwhile, perhaps by this very head: the broker may have sent it twice. Or two heads of one device

@@ -91,23 +91,11 @@ class Intake:
 
     def admit(self, effect: core.Admit) -> core.HeadAdmitted | core.HeadSpoilt:
         """Everything that a head must be before anything is spent on its body, cheapest first."""
-        received, manifest = effect.received, effect.manifest
-        head, context = received.head, received.context
         try:
-            self._not_denied(context.device)
-            device = identity.verify_device(head.certificate, self._ca, effect.opened)
-            if device.name != context.device:
-                raise RemoteProtocolError(Reason.WRONG_DEVICE, f"the certificate is of {device.name}")
-            identity.verify_head(device.public_key, received.signed, received.signature)
-            sizes = sizes_of(manifest)
-            if (context.codec, context.dimension) != (manifest.codec, sum(sizes)):
-                raise RemoteProtocolError(Reason.WRONG_DIMENSION, f"{context.dimension}, the task has {sum(sizes)}")
-            most = sealing.sealed_size(sealing.HEADER_MAX, codec.size_max(context.codec, sizes))
-            if head.size > most:
-                raise RemoteProtocolError(Reason.TOO_LARGE, f"a body of {head.size} bytes, at most {most}")
+            self._check_head(effect.received, effect.opened, effect.manifest)
         except RemoteProtocolError as error:
-            return core.HeadSpoilt(received, error)
-        return core.HeadAdmitted(received)
+            return core.HeadSpoilt(effect.received, error)
+        return core.HeadAdmitted(effect.received)
 
     def open(self, effect: core.Open) -> core.UpdateOpened | core.HeadSpoilt | core.UpdateSpoilt:
         """The body: as signed, sealed for this context, and with numbers that may be added."""
@@ -116,8 +104,11 @@ class Intake:
         if received.body is None:
             raise LocalProtocolError(f"an update of {context.device} was opened without its body")
         try:
-            # Again: chunks may have taken a while, and the list is about now.
-            self._not_denied(context.device)
+            if effect.opened is not None:
+                self._check_head(received, effect.opened, manifest)
+            else:
+                # Again: its chunks may have taken a while, and the list is about now.
+                self._check_deny_list(context.device)
             if len(received.body) != head.size or sha256(received.body).digest() != head.sha256:
                 raise RemoteProtocolError(Reason.WRONG_DIGEST, "the body is not the one that the head was signed for")
         except RemoteProtocolError as error:
@@ -130,7 +121,21 @@ class Intake:
             return core.UpdateSpoilt(received, error)
         return core.UpdateOpened(received, body)
 
-    def _not_denied(self, device: str) -> None:
+    def _check_head(self, received: core.HeadReceived, opened: float, manifest: TaskManifest) -> None:
+        head, context = received.head, received.context
+        self._check_deny_list(context.device)
+        device = identity.verify_device(head.certificate, self._ca, opened)
+        if device.name != context.device:
+            raise RemoteProtocolError(Reason.WRONG_DEVICE, f"the certificate is of {device.name}")
+        identity.verify_head(device.public_key, received.signed, received.signature)
+        sizes = sizes_of(manifest)
+        if (context.codec, context.dimension) != (manifest.codec, sum(sizes)):
+            raise RemoteProtocolError(Reason.WRONG_DIMENSION, f"{context.dimension}, the task has {sum(sizes)}")
+        most = sealing.sealed_size(sealing.HEADER_MAX, codec.size_max(context.codec, sizes))
+        if head.size > most:
+            raise RemoteProtocolError(Reason.TOO_LARGE, f"a body of {head.size} bytes, at most {most}")
+
+    def _check_deny_list(self, device: str) -> None:
         if self._deny.has(device):
             raise RemoteProtocolError(Reason.DENIED, f"{device} is on the deny list")
 

@@ -1,8 +1,11 @@
 """The aggregator's shell without a broker: what a burst of messages in one batch does to it."""
 
+import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,14 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from msgspec import structs
 
-from aggregator import ca
+from aggregator import ca, service
 from aggregator import config as settings
+from aggregator.quarantine import fingerprint
 from aggregator.service import Service
 from shared import identity, wire
 from shared.chunks import CHUNK_MIN
 from shared.driver import read_clock
-from shared.errors import ConfigError, Reason
+from shared.errors import ConfigError, Reason, StorageError
 from shared.messages import Missing, Outcome, Plan, Receipt, RoundOffer, Signed, UpdateHead, UpdateMessage
 from shared.mqtt import LinkUp, Message
 from shared.topics import RELEASE, Topics
@@ -41,6 +45,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         now = read_clock()
+        self.folder = folder
         ca.init_fleet(folder / "fleet", "test", ["localhost"], now=now.utc, passphrase=None)
         self.device, self.other = (bundle(folder, name, now.utc) for name in ("sensor-1", "sensor-2"))
         self.deny = folder / "denied"
@@ -62,9 +67,9 @@ class Bench:
         self.adopt(1)
 
     def _start(self, loaded: settings.AggregatorConfig) -> Service:
-        service = Service(loaded, read_clock())
-        service._link.publish = self._published  # type: ignore[method-assign]
-        return service
+        started = Service(loaded, read_clock())
+        started._link.publish = self._published  # type: ignore[method-assign]
+        return started
 
     def connect(self) -> None:
         """The link comes up, and what the broker retains arrives."""
@@ -108,9 +113,9 @@ class Bench:
         """An update on the topic of its device."""
         return self.message(self.topics.head(0, (by or self.device).name, update.name), update.payload)
 
-    def chunk(self, update: Update, index: int, payload: bytes | None = None) -> Message:
+    def chunk(self, update: Update, index: int, payload: bytes | None = None, by: Device | None = None) -> Message:
         """A chunk of an update on the topic of its device."""
-        topic = self.topics.upload_chunk(0, self.device.name, update.name, index)
+        topic = self.topics.upload_chunk(0, (by or self.device).name, update.name, index)
         return self.message(topic, update.pieces[index] if payload is None else payload)
 
     @property
@@ -335,16 +340,97 @@ def test_a_rejected_body_that_is_a_blob_of_ours(bench: Bench) -> None:
     assert bench.service._blobs.get(release.weights.sha256) == weights
 
 
+# -- batches, and disks that refuse ------------------------------------------------------------------------------
+
+
+def refusing(of: object, name: str, times: int, *, passing: bool = True) -> list[str]:
+    """Let a method of the store or the blobs fail so many times, as on a full disk; what it was called for."""
+    real, calls = getattr(of, name), list[str]()
+
+    def refuse(*arguments: Any) -> Any:
+        calls.append(name)
+        if len(calls) <= times:
+            raise StorageError("somewhere", "No space left on device", passing=passing)
+        return real(*arguments)
+
+    setattr(of, name, refuse)
+    return calls
+
+
+@pytest.mark.parametrize("what", ["put_all", "transaction"])
+def test_a_commit_is_tried_until_the_disk_takes_it(bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The same commit, whichever part failed: told once, counted once, and the receipt comes after it."""
+    monkeypatch.setattr(service, "_RETRY_EVERY", 0.01)
+    calls = refusing(bench.service._blobs if what == "put_all" else bench.service._store, what, 3)
+    bench.batch(bench.sent(records.update(bench.device, bench.offer)))
+    assert len(calls) == 4
+    assert [each.outcome for each in bench.receipts] == [Outcome.ACCEPTED]
+    assert (bench.updates, bench.service._counts["storage_failed"]) == (1, 1)
+
+
+@pytest.mark.parametrize("what", ["put", "contributions", "weights_in_use"])
+def test_a_reduction_is_tried_until_the_disk_takes_it(bench: Bench, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Reading, writing the new weights, erasing: the round is released once, and the next one opens."""
+    monkeypatch.setattr(service, "_RETRY_EVERY", 0.01)
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600))
+    calls = refusing(bench.service._blobs if what == "put" else bench.service._store, what, 2)
+    bench.batch(bench.sent(records.update(bench.device, bench.offer)))
+    assert len(calls) > 2
+    assert (bench.offer.round, bench.service._coordinator.tasks[TASK].release.number) == (2, 1)
+    assert bench.service._counts["rounds_released"] == 1
+    assert [each.outcome for each in bench.receipts] == [Outcome.ACCEPTED]
+
+
+def test_a_disk_that_must_be_mended_ends_the_daemon(bench: Bench) -> None:
+    """It waits for nothing that no waiting helps, and acknowledges nothing."""
+    refusing(bench.service._blobs, "put_all", 1, passing=False)
+    with pytest.raises(StorageError):
+        bench.batch(bench.sent(records.update(bench.device, bench.offer)))
+    assert bench.receipts == []
+
+
+def test_who_stops_the_daemon_stops_its_waiting(bench: Bench) -> None:
+    """Without the five seconds of the next try."""
+    refusing(bench.service._blobs, "put_all", 10**9)
+    bench.service.end(15)
+    began = time.monotonic()
+    with pytest.raises(StorageError):
+        bench.batch(bench.sent(records.update(bench.device, bench.offer)))
+    assert time.monotonic() - began < 4
+
+
+def test_a_batch_is_one_transaction(broad: Bench) -> None:
+    """Bodies that came along, bodies whose last chunk came, a rejection: written together, committed together."""
+    names = [f"unit-{number}" for number in range(6)]
+    devices = [bundle(broad.folder, name, read_clock().utc) for name in names]
+    updates = [large(broad, by=device, chunked=number % 2 == 0) for number, device in enumerate(devices)]
+    updates[5] = large(broad, by=devices[5], chunked=False, spoil=("body", 3))
+    chunked = [each for each in zip(devices, updates, strict=True) if each[1].chunk]
+    broad.batch(*(broad.sent(update, device) for device, update in chunked))
+    broad.batch(*(broad.chunk(update, each, by=device) for device, update in chunked for each in (0, 1, 2)))
+    written = refusing(broad.service._blobs, "put_all", 0)
+    committed = refusing(broad.service._store, "transaction", 0)
+    broad.batch(
+        *(broad.chunk(update, 3, by=device) for device, update in chunked),
+        *(broad.sent(update, device) for device, update in zip(devices, updates, strict=True) if not update.chunk),
+    )
+    assert broad.updates == 5
+    assert (written, committed) == (["put_all"], ["transaction"])
+
+
 # -- bodies in chunks --------------------------------------------------------------------------------------------
 
 WIDTH = 256
 """Inputs of a model whose update is three chunks and a short one."""
 
 
-def large(bench: Bench, *, dimension: int = 3 * WIDTH, **changes: Any) -> Update:
+def large(
+    bench: Bench, *, by: Device | None = None, dimension: int = 3 * WIDTH, chunked: bool = True, **changes: Any
+) -> Update:
     """An update in chunks."""
     values, context = records.values(3 * WIDTH), {"dimension": dimension}
-    return records.update(bench.device, bench.offer, delta=values, context=context, chunk=CHUNK_MIN, **changes)
+    chunk = CHUNK_MIN if chunked else 0
+    return records.update(by or bench.device, bench.offer, delta=values, context=context, chunk=chunk, **changes)
 
 
 @pytest.fixture
@@ -436,3 +522,43 @@ def test_a_full_disk_stops_no_status(tmp_path: Path) -> None:
             assert (disk / "status.json").read_bytes() == before
         bench.service._show()
         assert b"something" in (disk / "status.json").read_bytes()
+
+
+def condemn(bench: Bench, *names: str) -> None:
+    """Let the process have died of these three times."""
+    folder = Path(bench.service._config.state.directory)
+    hashed = [sha256(name.encode()).hexdigest()[:32] for name in names]
+    note = {"hand": [], "alone": False, "suspects": dict.fromkeys(hashed, 2)}
+    (folder / "in-hand").write_text(json.dumps(note) + "\n")
+    bench.restart()
+
+
+def test_what_is_condemned_is_not_handled(broad: Bench) -> None:
+    """A message is refused; an update in chunks is given up at its last one, and answered for good."""
+    small, update = large(broad, by=broad.other, chunked=False), large(broad)
+    head = broad.sent(small, broad.other)
+    condemn(broad, fingerprint(head), f"sensor-1 {update.name}")
+    broad.batch(head, broad.sent(update))
+    assert broad.service._refused == {"quarantined": 1}
+    assert broad.asked == [[0, 1, 2, 3]]
+    broad.batch(*(broad.chunk(update, number) for number in range(4)))
+    assert broad.service._refused == {"quarantined": 2}
+    assert [(each.outcome, each.reason) for each in broad.receipts] == [(Outcome.REJECTED, "quarantined")]
+    assert (broad.updates, broad.service._coordinator.reassembler.size) == (0, 0)
+    broad.batch(broad.sent(update))
+    assert [(each.outcome, each.reason) for each in broad.receipts] == [(Outcome.REJECTED, "quarantined")]
+    assert len(broad.service._quarantine) == 2
+
+
+def test_chunks_kill_nobody_but_the_last(broad: Bench) -> None:
+    """What a death may be blamed on is noted: messages, and updates that become whole in this batch."""
+    update = large(broad)
+    broad.batch(broad.sent(update))
+    note = Path(broad.service._config.state.directory) / "in-hand"
+
+    def noted(*events: Message) -> list[int]:
+        return [len(json.loads(note.read_bytes().partition(b"\n")[0])["hand"]) for _ in broad.service.portions(events)]
+
+    assert noted(broad.chunk(update, 0), broad.chunk(update, 1), broad.chunk(update, 2)) == [0]
+    assert noted(*(broad.chunk(update, number) for number in range(4)), broad.chunk(update, 0)) == [5]
+    assert noted(broad.sent(update)) == [1]

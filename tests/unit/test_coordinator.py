@@ -126,8 +126,6 @@ class Bench:
         """A device's whole update, if its body is asked for."""
         received = self.head(device, salt, **changes)
         effects = self.tell(received)
-        if only(effects, core.Admit):
-            effects += self.tell(core.HeadAdmitted(received))
         if only(effects, core.Open):
             effects += self.tell(core.UpdateOpened(received, BODY))
         return effects
@@ -270,7 +268,6 @@ def test_the_goal_closes_the_round() -> None:
         assert only(bench.update(device), core.Reduce) == []
     last = bench.update("c")
     assert [type(each) for each in last] == [
-        core.Admit,
         core.Open,
         core.Contribute,
         core.Reply,
@@ -449,7 +446,7 @@ def test_an_update_that_does_not_hold_is_its_devices_word() -> None:
     bench = Bench()
     bench.begin()
     received = bench.head("a")
-    bench.tell(received, core.HeadAdmitted(received))
+    bench.tell(received)
     effects = bench.tell(core.UpdateSpoilt(received, RemoteProtocolError(Reason.NORM, "too long")))
     assert [type(each) for each in effects] == [core.Reject, core.Reply]
     assert [(each.outcome, each.reason) for each in receipts(effects)] == [(Outcome.REJECTED, "norm")]

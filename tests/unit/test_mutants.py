@@ -13,7 +13,19 @@ MUTANTS = mutants.load()
 PROMISED = {
     *("signature", "role", "rollback", "allow_list", "argument", "duplicate", "selection", "acl", "nan", "limit"),
     *("offer", "expiry", "digest", "graph_limit", "layout", "weights", "norm", "dimension", "sealing", "certificate"),
-    *("canonical", "order", "chunks", "poison", "policy", "conditions", "trainer", "data", "identity", "config"),
+    *(
+        "canonical",
+        "order",
+        "chunks",
+        "poison",
+        "disk",
+        "policy",
+        "conditions",
+        "trainer",
+        "data",
+        "identity",
+        "config",
+    ),
 }
 
 

@@ -7,7 +7,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,8 +44,31 @@ def _status(options: argparse.Namespace) -> int:
     if not options.json:
         # The words hold measured value and threshold already.
         answer["obstacles"] = {each["name"]: each["text"] for each in answer.get("obstacles", [])}
+        if answer.get("download"):
+            answer["download"] = _download(answer["download"])
+        if answer.get("outbox"):
+            answer["outbox"] = "; ".join(map(_waiting, answer["outbox"]))
     show(answer, options.json)
     return Exit.OK
+
+
+def _download(shown: Mapping[str, Any]) -> str:
+    """One line about the weights that are on their way."""
+    return f"{shown['task']}: {_megabytes(shown['bytes'])} of {_megabytes(shown['total'])} ({shown['percent']:.0f} %)"
+
+
+def _waiting(shown: Mapping[str, Any]) -> str:
+    """One line about an update that nobody has answered."""
+    what = f"{shown['task']} round {shown['round']}, {_megabytes(shown['bytes'])}"
+    if shown["asked"]:
+        return f"{what}: {shown['asked']} of {shown['chunks']} chunks are on their way"
+    times = "not sent yet" if not shown["attempts"] else f"sent {shown['attempts']} times"
+    held = f"next try in {shown['next_try']:.0f} s" if shown["next_try"] is not None else "held until somebody is there"
+    return f"{what}: {times}, {held}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
 
 
 def _pause(options: argparse.Namespace) -> int:

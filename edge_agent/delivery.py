@@ -134,6 +134,11 @@ class Delivery:
         """When `tick` is wanted."""
         return min((each.due for each in self._ready()), default=None)
 
+    def held(self, waiting: Waiting) -> bool:
+        """Whether an update waits for a broker, for its aggregator or for a clock that is right, and not for time."""
+        away = self._aggregators.get(self._shard(waiting.update), (b"", True))[1] is False
+        return not self._connected or away or waiting.expired is not None
+
     def newest(self, task: str) -> tuple[int, int]:
         """The newest (manifest version, round) of a task that an update waits for; (0, 0) if none does."""
         return max((each.update.position for each in self._of(task)), default=(0, 0))
@@ -259,10 +264,7 @@ class Delivery:
 
     def _ready(self) -> Iterator[Waiting]:
         """What may go out as soon as it is due."""
-        if self._connected:
-            for each in self._waiting.values():
-                if each.expired is None and self._aggregators.get(self._shard(each.update), (b"", True))[1]:
-                    yield each
+        return (each for each in self._waiting.values() if not self.held(each))
 
     def _rest(self, waiting: Waiting, now: float) -> None:
         if waiting.wanted or waiting.flying:

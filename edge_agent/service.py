@@ -8,19 +8,22 @@ and no key.
 import contextlib
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal, assert_never
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from edge_agent import clock as clocks
 from edge_agent import delivery, download, sensors
 from edge_agent import participation as core
 from edge_agent.child import Settings, Trainer, TrainerExited, TrainerSaid, TrainerWrote, rss
 from edge_agent.config import AgentConfig, zone
 from edge_agent.control import ControlRequest, ControlServer
-from edge_agent.delivery import Waiting
+from edge_agent.delivery import Delivery, Waiting
 from edge_agent.download import Downloads
 from edge_agent.jobs import Done, Job, Source
 from edge_agent.outbox import Damaged, Outbox
@@ -61,6 +64,11 @@ from shared.version import VERSION
 
 _HEARTBEAT = 60.0
 """Seconds after which the owner loop turns though nothing happens; the watchdog may ask for less."""
+_STORAGE_RETRY = 5.0
+"""Seconds until a disk that refused is tried again."""
+_DAY = 86_400.0
+_EXPIRY_WARNING = 30 * _DAY
+"""Seconds of a certificate's life that are left when its owner is warned; a third of it, if that is less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,9 @@ class Service:
         self._key = identity.load_key(config.broker.key)
         self._topics = Topics(config.broker.prefix)
         self._store = Store(config.device.state_dir)
+        self._life = (certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp())
+        self._clock = clocks.DeviceClock(config.device.state_dir / "clock", self._life[0], now, clocks.synchronised)
+        now = self._clock.at(now)
         self._outbox = Outbox(self._store.outbox)
         self._zone = zone(config.policy.timezone)
         self._sensors = Sensors(config.device.sys_root, config.device.proc_root, config.device.state_dir, self._zone)
@@ -142,6 +153,9 @@ class Service:
         self._missed: set[tuple[str, int]] = set()
         """Tasks, with the manifest's version, whose owner was told that their data set is not here."""
         self._link_cause = "connecting"
+        self._ending = threading.Event()
+        """Set by `stop`, for an owner thread that waits for the disk."""
+        self._daily_at = now.mono
         self._restore(now)
 
     def _restore(self, now: Instant) -> None:
@@ -151,7 +165,8 @@ class Service:
             task = restored(kept, self._participation.trust, now.utc)
             if task is None:
                 strangers.add(kept.name)
-                self._store.forget(kept.name)
+                with contextlib.suppress(StorageError):  # it is tried again at the next start
+                    self._store.forget(kept.name)
             else:
                 tasks.append(task)
         updates = []
@@ -176,9 +191,14 @@ class Service:
         try:
             while not self._driver.stopping:
                 self._driver.turn(wait)
+                self._daily(self._now())
                 self._manager.status(self._summary())
                 if self._link.alive:
                     self._manager.alive()
+        except StorageError:
+            if not self._ending.is_set():
+                raise
+            # It was asked to end while it waited for the disk: what was not stored has not happened.
         finally:
             self._manager.stopping()
             self._trainer.stop(kill=True)
@@ -191,6 +211,29 @@ class Service:
             self._control.stop()
         tell(Event.DAEMON_STOPPED, device=self._device)
 
+    def stop(self, number: int) -> None:
+        """Have `run` end, as a signal asks; from any thread."""
+        self._ending.set()
+        self.mailbox.post(Stop(number))
+
+    def _now(self) -> Instant:
+        """This moment, by the device's time."""
+        return self._clock.at(read_clock())
+
+    def _daily(self, now: Instant) -> None:
+        """What is worth a look now and then."""
+        self._clock.keep(now)
+        if now.mono < self._daily_at:
+            return
+        self._daily_at = now.mono + _DAY
+        if self._expiring(now):
+            left = max(0.0, self._life[1] - now.utc)
+            tell(Event.CERTIFICATE_EXPIRING, path=str(self._config.broker.cert), days=round(left / _DAY, 1))
+
+    def _expiring(self, now: Instant) -> bool:
+        begins, ends = self._life
+        return ends - now.utc < min(_EXPIRY_WARNING, (ends - begins) / 3)
+
     # -- the machine's side ------------------------------------------------------------------------------------
 
     @property
@@ -200,9 +243,10 @@ class Service:
 
     def handle(self, event: ServiceEvent | Tick, now: Instant) -> Sequence[Effect]:
         """Decode what is still bytes or somebody's question, then let the participation decide."""
-        if self._schedule.watch(now):
+        if self._schedule.watch(now):  # which lives by the system's clock, right or wrong
             tell(Event.CLOCK_JUMPED)
             self.mailbox.post(core.ClockSet())
+        now = self._clock.at(now)
         match event:
             case Message():
                 return self._message(event, now)
@@ -328,19 +372,42 @@ class Service:
     def commit(self, effects: Sequence[Effect]) -> None:
         """Positions and release files, fsynced, before anything acts on them."""
         for effect in effects:
-            match effect:
-                case core.KeepRelease():
-                    self._store.keep_release(effect.task, effect.message, effect.manifest_position, effect.position)
-                case core.KeepOffer():
-                    self._store.keep_offer(effect.task, effect.position)
-                case delivery.KeepUpdate(update=update):
-                    self._outbox.keep(update, identity.sign_head(self._key, update.head))
-                case core.Settled(update=update):
-                    self._store.keep_worked(update.task, update.position)
-                case core.ForgetTask():
-                    self._store.forget(effect.task)
-                case _:
-                    pass
+            self._durably(effect)
+
+    def _durably(self, effect: Effect) -> None:
+        """Keep trying: nothing may be acted on before it is stored. StorageError only when the daemon has to end."""
+        failed_at: float | None = None
+        while True:
+            try:
+                self._keep(effect)
+            except StorageError as error:
+                if failed_at is None:
+                    failed_at = read_clock().mono
+                    tell(Event.STORAGE_FAILED, path=error.path, detail=error.detail, retry=_STORAGE_RETRY)
+                    self._manager.status(f"waiting for the disk: {error}")
+                if self._ending.wait(min(_STORAGE_RETRY, self._manager.watchdog or _STORAGE_RETRY)):
+                    raise
+                if self._link.alive:
+                    self._manager.alive()
+            else:
+                if failed_at is not None:
+                    tell(Event.STORAGE_RECOVERED, seconds=round(read_clock().mono - failed_at, 1))
+                return
+
+    def _keep(self, effect: Effect) -> None:
+        match effect:
+            case core.KeepRelease():
+                self._store.keep_release(effect.task, effect.message, effect.manifest_position, effect.position)
+            case core.KeepOffer():
+                self._store.keep_offer(effect.task, effect.position)
+            case delivery.KeepUpdate(update=update):
+                self._outbox.keep(update, identity.sign_head(self._key, update.head))
+            case core.Settled(update=update):
+                self._store.keep_worked(update.task, update.position)
+            case core.ForgetTask():
+                self._store.forget(effect.task)
+            case _:
+                pass
 
     def perform(self, effect: Effect) -> Iterable[core.Event]:
         """Carry one effect out."""
@@ -358,7 +425,7 @@ class Service:
             case core.KeepOffer():
                 pass
             case core.Sense():
-                facts = self._sensors.read(read_clock(), self._trainer.pid, effect.working, effect.trained)
+                facts = self._sensors.read(self._now(), self._trainer.pid, effect.working, effect.trained)
                 yield core.Sensed(facts)
             case core.Train():
                 yield from self._train(effect)
@@ -449,7 +516,7 @@ class Service:
                 event = Event.DEVICE_ELIGIBLE if effect.eligible else Event.DEVICE_BLOCKED
                 tell(event, obstacles=[obstacle.text for obstacle in effect.obstacles] or None)
             case core.PublishStatus():
-                status = core.status(effect, self._session, read_clock().utc)
+                status = core.status(effect, self._session, self._now().utc)
                 self._publish(self._topics.device_status(self._device), wire.pack(status), qos=0, retain=True)
             case _:
                 assert_never(effect)
@@ -659,6 +726,11 @@ class Service:
                 "bytes_received": received,
                 "bytes_sent": sent,
             },
+            "certificate": {
+                "expires": datetime.fromtimestamp(self._life[1], UTC).isoformat(),
+                "days": round((self._life[1] - now.utc) / _DAY, 1),
+                "expiring": self._expiring(now),
+            },
             "state": self._state(),
             "eligible": part.eligible,
             "obstacles": [
@@ -674,7 +746,7 @@ class Service:
                 "step": part.progress.step if part.progress is not None else 0,
             },
             "download": _download(part.downloads),
-            "outbox": [_waiting(each, now.mono) for each in part.delivery.waiting],
+            "outbox": [_waiting(part.delivery, each, now.mono) for each in part.delivery.waiting],
             "last_update": self._last_update,
             "last_failure": self._last_failure,
             "tasks": {task.name: _shown(task, part.datasets) for task in part.tasks.values()},
@@ -688,7 +760,7 @@ def run(config: AgentConfig) -> None:
     """`edge-agent run`: until SIGTERM or SIGINT."""
     logs.configure(config.log.level, config.log.format, environ=os.environ, identifier="edge-agent")
     service = Service(config, read_clock())
-    on_termination(lambda number: service.mailbox.post(Stop(number)))
+    on_termination(service.stop)
     service.run()
 
 
@@ -744,7 +816,7 @@ def _download(downloads: Downloads) -> dict[str, object] | None:
     return {"task": task, "bytes": there, "total": size, "percent": round(100 * there / size, 1)}
 
 
-def _waiting(each: Waiting, mono: float) -> dict[str, object]:
+def _waiting(delivery: Delivery, each: Waiting, mono: float) -> dict[str, object]:
     update = each.update
     return {
         "task": update.task,
@@ -754,7 +826,7 @@ def _waiting(each: Waiting, mono: float) -> dict[str, object]:
         "chunks": chunks.count(update.size, update.chunk_size) if update.chunk_size else 0,
         "asked": len(each.wanted) + len(each.flying),
         "attempts": each.sent,
-        "next_try": round(max(0.0, each.due - mono), 1),
+        "next_try": None if delivery.held(each) else round(max(0.0, each.due - mono), 1),
     }
 
 

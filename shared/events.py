@@ -19,6 +19,9 @@ class Event(StrEnum):
     MESSAGE_REFUSED = "message.refused"
     CLOCK_JUMPED = "clock.jumped"
     LIBRARY_SAID = "library.said"
+    STORAGE_FAILED = "storage.failed"
+    STORAGE_RECOVERED = "storage.recovered"
+    CERTIFICATE_EXPIRING = "certificate.expiring"
     # the device
     RELEASE_ACCEPTED = "release.accepted"
     DOWNLOAD_STARTED = "download.started"
@@ -63,6 +66,8 @@ _LEVELS: Mapping[Event, str] = {
     Event.LINK_DOWN: "warning",
     Event.MESSAGE_REFUSED: "warning",
     Event.CLOCK_JUMPED: "warning",
+    Event.STORAGE_FAILED: "error",
+    Event.CERTIFICATE_EXPIRING: "warning",
     Event.DOWNLOAD_STOPPED: "warning",
     Event.DATA_MISSED: "warning",
     Event.TRAINER_DIED: "warning",

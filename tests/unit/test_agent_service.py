@@ -1,6 +1,10 @@
 """The agent's shell without a broker and without a trainer: what must not end it."""
 
+import os
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -11,16 +15,17 @@ from edge_agent import config as settings
 from edge_agent import delivery
 from edge_agent import participation as core
 from edge_agent.child import TrainerSaid
+from edge_agent.clock import DeviceClock
 from edge_agent.delivery import Update
 from edge_agent.jobs import Done
 from edge_agent.service import Service, Stop, restored
 from edge_agent.store import Kept, Store
 from shared import identity, logs, signing, wire
 from shared.driver import read_clock
-from shared.errors import ConfigError
+from shared.errors import ConfigError, RemoteProtocolError, StorageError
 from shared.machine import Instant
-from shared.messages import Role, Signed
-from shared.mqtt import Message
+from shared.messages import Outcome, Role, Signed, UpdateHead
+from shared.mqtt import LinkUp, Message, Published
 from shared.topics import task_release, task_round
 from shared.trust import Position
 from tests.hostile import records
@@ -85,6 +90,128 @@ def test_what_was_accepted_is_on_disk(service: Service, tmp_path: Path) -> None:
     hand(again, task_release("points"), records.release(keys, records.manifest(keys, "points", 2)))
     hand(again, task_round("points"), offer(1))
     assert again._refused == {"rollback": 2}
+
+
+class Mended(threading.Event):
+    """Where the owner waits for the disk: `act` is done meanwhile, and says whether the daemon is to end."""
+
+    def __init__(self, act: Callable[[], bool]) -> None:
+        super().__init__()
+        self.waits, self._act = 0, act
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Instead of seconds."""
+        assert timeout is not None and timeout <= 5.0
+        self.waits += 1
+        return self._act()
+
+
+def test_a_disk_that_refuses_is_waited_for(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told once, tried until it works, told again; nothing is acted on before."""
+    logs.configure("info", "json", environ={}, identifier="test")
+    folder = service._config.device.state_dir / "tasks" / "points"
+    folder.write_text("in the way")
+
+    def act() -> bool:
+        if waited.waits == 3:
+            folder.unlink()
+        return False
+
+    service._ending = waited = Mended(act)
+    service.commit([core.KeepOffer("points", Position((1, 1, 0), bytes(32)))])
+    assert waited.waits == 3
+    told = [line for line in capsys.readouterr().err.splitlines() if '"storage.' in line]
+    assert ["failed" in line for line in told] == [True, False]
+    assert Store(service._config.device.state_dir).load()[0].offer_position == Position((1, 1, 0), bytes(32))
+
+
+def test_a_daemon_that_waits_for_the_disk_can_be_ended(service: Service) -> None:
+    """What was not stored has then not happened."""
+    folder = service._config.device.state_dir / "tasks" / "points"
+    folder.write_text("in the way")
+    service._ending = Mended(lambda: True)
+    with pytest.raises(StorageError):
+        service.commit([core.KeepOffer("points", Position((1, 1, 0), bytes(32)))])
+    assert Store(service._config.device.state_dir).load() == []
+
+
+def test_a_certificate_that_ends_soon_is_told_daily(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    """From 30 days before the end of a year, or from the last third of a shorter life; also in the status."""
+    logs.configure("info", "json", environ={}, identifier="test")
+
+    def told(mono: float, utc: float) -> int:
+        service._daily(Instant(mono, utc))
+        return sum('"certificate.expiring"' in line for line in capsys.readouterr().err.splitlines())
+
+    ends = service._life[1]
+    day, mono = 86_400.0, service._daily_at
+    assert told(mono, ends - 31 * day) == 0
+    assert told(mono + 60, ends - 29 * day) == 0
+    assert told(mono + day, ends - 29 * day) == 1
+    assert told(mono + day + 60, ends - 29 * day) == 0
+    assert told(mono + 2 * day, ends + day) == 1
+    service._life = (ends - 30 * day, ends)
+    assert told(mono + 3 * day, ends - 11 * day) == 0
+    assert told(mono + 4 * day, ends - 9 * day) == 1
+    shown = service._status(Instant(mono, ends - 9 * day))["certificate"]
+    assert isinstance(shown, dict) and (shown["days"], shown["expiring"]) == (9.0, True)
+
+
+def test_a_board_whose_clock_stands_at_1970(service: Service) -> None:
+    """What has expired is judged by what must have passed: an old manifest is not taken, a new one is."""
+    records_here = Records()
+    service._participation.trust = records_here.trust
+    service._clock = DeviceClock(service._config.device.state_dir / "clock", NOW.utc, NOW, lambda: False)
+    for expires, reason in ((NOW.utc - 1, "expired"), (NOW.utc + 1000, None)):
+        message = records_here.message(records_here.manifest(expires=int(expires)))
+        event = Message(task_release("points"), wire.pack(message), retain=True, qos=1, mid=1, generation=0)
+        try:
+            service.handle(event, Instant(NOW.mono, 0.0))
+        except RemoteProtocolError as error:
+            assert error.reason.value == reason
+        else:
+            assert reason is None
+
+
+def kept_update(service: Service, size: int = 10) -> Update:
+    """An update in the outbox."""
+    body = os.urandom(size)
+    service._outbox.body("0a").write_bytes(body)
+    head = wire.pack(UpdateHead(1, b"context", bytes(32), size, sha256(body).digest(), 0, b"certificate", []))
+    found = Update("0a", "points", (1, 1), head, sha256(head).digest(), 1, size, 0, 1 << 40)
+    service.commit([delivery.KeepUpdate(found)])
+    return found
+
+
+def test_what_lies_in_the_outbox_is_taken_up(service: Service) -> None:
+    """A new process sends the identical head with the signature of before; what is damaged it leaves."""
+    found = kept_update(service)
+    again = Service(service._config, read_clock())
+    assert [each.update for each in again._participation.delivery.waiting] == [found]
+    assert again._outbox.signature("0a") == service._outbox.signature("0a")
+    shown = again._status(read_clock())["outbox"]
+    assert isinstance(shown, list) and (shown[0]["bytes"], shown[0]["next_try"]) == (10, None)
+    service._outbox.body("0a").write_bytes(b"damaged")
+    assert list(Service(service._config, read_clock())._participation.delivery.waiting) == []
+    assert list(service._store.outbox.iterdir()) == []
+
+
+def test_an_acknowledgement_deletes_nothing(service: Service) -> None:
+    """The broker has it, and that is all that says; the files go with the receipt."""
+    found = kept_update(service)
+    service._participation.delivery.resume(found, 0.0)
+    service.handle(LinkUp(False, None), read_clock())
+    list(service.perform(delivery.SendUpdate(found, 1)))
+    service._flying[7] = (found.digest, 0)
+    service.handle(Published(7, ""), read_clock())
+    assert service._flying == {}
+    assert {path.name for path in service._store.outbox.iterdir()} == {"0a.entry", "0a.body"}
+    settled = core.Settled(found, Outcome.ACCEPTED, "")
+    service.commit([settled])
+    assert len(list(service._store.outbox.iterdir())) == 2
+    assert Store(service._config.device.state_dir).load()[0].worked == (1, 1)
+    assert list(service.perform(settled)) == []
+    assert list(service._store.outbox.iterdir()) == []
 
 
 RECORDS = Records()

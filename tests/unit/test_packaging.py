@@ -31,6 +31,7 @@ SHELL = {
     "shared.systemd",
     "edge_agent.child",
     "edge_agent.cli",
+    "edge_agent.clock",
     "edge_agent.config",
     "edge_agent.control",
     "edge_agent.data",

@@ -10,6 +10,7 @@ This module must never know what a message or a round is.
 """
 
 import collections
+import os
 import signal
 import threading
 import time
@@ -150,11 +151,20 @@ class Driver(Generic[E, F]):
 
 
 def on_termination(post: Callable[[int], None]) -> None:
-    """Call `post` with the number of every SIGTERM and SIGINT from here on."""
+    """Call `post`, from a thread, with the number of every SIGTERM and SIGINT from here on."""
+    # A handler in Python runs when the main thread next does something, and an owner that has just begun to wait, or
+    # whose signal came to another thread, does nothing for a minute. The number on this pipe is written at once.
+    numbers, written = os.pipe()
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    wanted = (signal.SIGTERM, signal.SIGINT)
+    for number in wanted:
+        signal.signal(number, lambda _number, _frame: None)
 
-    def received(number: int, _frame: object) -> None:
-        # A signal handler runs inside the owner thread, which may hold the mailbox just then.
-        threading.Thread(target=post, args=(number,)).start()
+    def listen() -> None:
+        while True:
+            for number in os.read(numbers, 16):
+                if number in wanted:
+                    post(number)
 
-    signal.signal(signal.SIGTERM, received)
-    signal.signal(signal.SIGINT, received)
+    threading.Thread(target=listen, name="signals", daemon=True).start()

@@ -1,5 +1,7 @@
 """The mailbox's credits and the driver's order of work."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 
@@ -157,3 +159,22 @@ def test_closing_lets_waiting_threads_go() -> None:
 def test_taking_waits_no_longer_than_asked() -> None:
     """An empty mailbox gives nothing, in time."""
     assert Mailbox[str]().take(0.0) == []
+
+
+WAITING = """
+import os, signal, threading
+from shared.driver import Mailbox, on_termination
+
+mailbox = Mailbox()
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+on_termination(mailbox.post)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+os.kill(os.getpid(), signal.SIGTERM)
+print(mailbox.take(None), mailbox.take(0.0))
+"""
+
+
+def test_a_signal_reaches_an_owner_that_waits() -> None:
+    """Also one that came to another thread, or in the moment before the owner slept: a minute later is too late."""
+    ran = subprocess.run([sys.executable, "-c", WAITING], capture_output=True, text=True, timeout=20, check=True)
+    assert ran.stdout == "[15] []\n"

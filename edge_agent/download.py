@@ -8,7 +8,7 @@ an older one, whatever that was doing; what lies on the disk of the same blob is
 as accepted, and nothing is remembered beyond the process: the retained release and the spool file are the memory.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from shared.errors import Reason, RemoteProtocolError
@@ -196,6 +196,11 @@ class Downloads:
             return None
         size = self._fetch.blob.size
         return self._turn, size - self._fetch.bytes_left, size
+
+    @property
+    def coming(self) -> Iterator[tuple[str, int, float | None]]:
+        """(task, number of its release, monotonic seconds until which it rests after a failure); to look at."""
+        return ((task, each.coming.release.number, each.until) for task, each in self._entries.items())
 
     def get(self, task: str) -> Coming | None:
         """The release of a task that is coming."""

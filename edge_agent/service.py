@@ -695,6 +695,9 @@ class Service:
         newest = ", ".join(
             f"{task.name} release {task.release.number}" for task in part.tasks.values() if task.release is not None
         )
+        coming = part.downloads.progress
+        if coming is not None:
+            newest += f", fetching {coming[0]} ({100 * coming[1] // coming[2]} %)"
         if part.work is not None:
             doing = f"training {part.work.task} round {part.work.offer.round}"
         elif part.eligible:
@@ -746,6 +749,10 @@ class Service:
                 "step": part.progress.step if part.progress is not None else 0,
             },
             "download": _download(part.downloads),
+            "coming": {
+                name: {"release": number, "retry": None if until is None else round(max(0.0, until - now.mono), 1)}
+                for name, number, until in part.downloads.coming
+            },
             "outbox": [_waiting(part.delivery, each, now.mono) for each in part.delivery.waiting],
             "last_update": self._last_update,
             "last_failure": self._last_failure,

@@ -258,6 +258,10 @@ def test_one_that_fails_does_not_hold_up_the_next() -> None:
     bench.add(coming("a", 1))
     bench.add(coming("b", 2))
     bench.event(ChunkArrived(sha256(data(1)).digest(), 0, b""))
+    assert [(task, number, until is None) for task, number, until in bench.machine.coming] == [
+        ("a", 1, False),
+        ("b", 2, True),
+    ]
     bench.deliver(data(2))
     assert [each.task for each in bench.accepted] == ["b"]
 

@@ -104,9 +104,23 @@ def _release_build(options: argparse.Namespace) -> int:
     keys = release.fleet_keys(options.fleet, lambda path: _passphrase(options, f"of {path}"))
     limit = _message_max(options)
     now = time.time()
+    start = None
+    if options.start is not None:
+        root = keys.root
+        start = _newest_of(options, root) if str(options.start) == "newest" else _read(options.start, root)
     # The publisher's own modules are found as `python` would find them.
     sys.path.insert(0, "")
-    data = release.build(options.model, options.loss, options.task, keys, now=now, limit=limit, seed=options.seed)
+    data = release.build(
+        options.model,
+        options.loss,
+        options.task,
+        keys,
+        now=now,
+        limit=limit,
+        seed=options.seed,
+        chunk_size=options.chunk_size,
+        start=start,
+    )
     cli.save(options.output, data, force=options.force)
     found = release.read(data, keys.root, now)
     if options.json:
@@ -118,7 +132,7 @@ def _release_build(options: argparse.Namespace) -> int:
 
 def _release_show(options: argparse.Namespace) -> int:
     root = _root(options, required=False)
-    found, _ = _read(options.file, root)
+    found = _read(options.file, root)
     show(found.facts(), options.json)
     return Exit.OK
 
@@ -129,9 +143,9 @@ def _release_publish(options: argparse.Namespace) -> int:
 
     root = _root(options, required=True)
     assert root is not None
-    found, data = _read(options.file, root, time.time())
+    found = _read(options.file, root, time.time())
     settings, prefix = _operator(options)
-    result = publish.publish(data, found, Trust(root), settings, wait=options.wait, prefix=prefix, say=say)
+    result = publish.publish(found, Trust(root), settings, wait=options.wait, prefix=prefix, say=say)
     task, version = found.manifest.task, found.manifest.version
     if options.json:
         facts: dict[str, object] = {"task": task, "version": version, "published": True}
@@ -154,15 +168,13 @@ def _model_export(options: argparse.Namespace) -> int:
         raise Failure(Exit.USAGE, f"{options.task!r} cannot name a task: a-z, 0-9 and -, at most 63 characters")
     root = _root(options, required=True)
     assert root is not None
+    part = options.output.with_name(f".{options.output.name}.part")
     if options.release is not None:
-        data = cli.load(options.release, release.RELEASE_MAX)
+        found, current = model.verified(release.open_file(options.release), options.task, root, time.time())
     else:
-        from aggregator import publish
-
-        settings, _ = _operator(options)
-        data = publish.newest(options.task, settings, wait=options.wait)
-    found, current = model.verified(data, options.task, root, time.time())
+        found, current = _newest(options, options.task, root, part)
     model.write(found, options.output, force=options.force)
+    part.unlink(missing_ok=True)
     if not current:
         say(f"training of {options.task} has expired; its model stays usable")
     facts = {
@@ -344,13 +356,41 @@ def _root(options: argparse.Namespace, *, required: bool) -> "Root | None":
     return identity.load_root(path)
 
 
-def _read(file: Path, root: "Root | None", now: float | None = None) -> "tuple[Description, bytes]":
-    """A release file, checked as far as root and time allow, and its bytes."""
+def _newest(options: argparse.Namespace, task: str, root: "Root", part: Path) -> "tuple[Description, bool]":
+    """The newest release of a task on the broker, verified, and whether the task may still be trained."""
+    from aggregator import model, publish
+
+    settings, prefix = _operator(options)
+    current: list[bool] = []
+
+    def check(data: bytes) -> "Description":
+        found, trainable = model.verified(data, task, root, time.time())
+        current.append(trainable)
+        return found
+
+    found = publish.newest(task, settings, wait=options.wait, prefix=prefix, part=part, check=check, say=say)
+    return found, current[-1]
+
+
+def _newest_of(options: argparse.Namespace, root: "Root") -> "Description":
+    """The newest release on the broker of the task that the task file names."""
+    from aggregator import task
+
+    part = options.output.with_name(f".{options.output.name}.part")
+    try:
+        return _newest(options, task.load(options.task).name, root, part)[0]
+    finally:
+        # What is mapped stays readable.
+        if os.name == "posix":
+            part.unlink(missing_ok=True)
+
+
+def _read(file: Path, root: "Root | None", now: float | None = None) -> "Description":
+    """A release file, checked as far as root and time allow."""
     from aggregator import release
 
-    data = cli.load(file, release.RELEASE_MAX)
     try:
-        return release.read(data, root, now), data
+        return release.read(release.open_file(file), root, now)
     except RemoteProtocolError as error:
         if error.reason in (Reason.NOT_MSGPACK, Reason.WRONG_TYPE, Reason.EMPTY):
             raise Failure(Exit.REFUSED, f"{file}: is no release file ({error})") from None
@@ -473,6 +513,15 @@ def _parser() -> Parser:
     one.add_argument("--seed", type=int, default=0, help="of the initial weights (default: %(default)s)")
     one.add_argument("--limit", type=_size, metavar="BYTES", help="bytes that one message takes (default: as in the "
                      "fleet's fleet.toml)")  # fmt: skip
+    one.add_argument("--chunk-size", type=_chunk_size, default=120 << 10, metavar="BYTES",
+                     help="bytes of one chunk of weights above 64 KiB; 0 sends them whole, as devices before 0.2 need "
+                     "(default: %(default)s)")  # fmt: skip
+    one.add_argument("--continue", dest="start", type=Path, metavar="FILE|newest",
+                     help="start a new version of the task from the weights of this release file, or of the newest "
+                     "release on the broker")  # fmt: skip
+    one.add_argument("--wait", type=_seconds, default=10.0, metavar="SECONDS",
+                     help="how long --continue newest waits for the broker (default: %(default)g)")  # fmt: skip
+    _add_broker(one)
     _add_force(one)
     _add_fleet(one)
     _add_passphrase(one)
@@ -623,6 +672,10 @@ def _port(text: str) -> int:
 
 def _size(text: str) -> int:
     return _whole(text, 65_536, (256 << 20) - 1)  # as in the daemons' configurations
+
+
+def _chunk_size(text: str) -> int:
+    return 0 if text == "0" else _whole(text, 1 << 10, 1 << 24)
 
 
 def _positive(text: str) -> int:

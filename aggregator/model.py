@@ -3,6 +3,7 @@
 It never writes weights whose release does not verify against the fleet's root, and never loads torch.
 """
 
+import mmap
 from pathlib import Path
 
 from aggregator import release
@@ -11,7 +12,7 @@ from shared.errors import ExportError, Reason, RemoteProtocolError
 from shared.messages import Root
 
 
-def verified(data: bytes, task: str, root: Root, now: float) -> tuple[release.Description, bool]:
+def verified(data: bytes | mmap.mmap, task: str, root: Root, now: float) -> tuple[release.Description, bool]:
     """A release of `task` that the fleet signed, and whether its task may still be trained at `now` (UTC seconds).
 
     An expired task is no error: expiry ends training, never the use of the model. RemoteProtocolError otherwise.
@@ -33,10 +34,9 @@ def write(found: release.Description, target: Path, *, force: bool = False) -> N
     `load_state_dict(load_file(target), strict=True)` takes it. The file appears whole or not at all; a file that
     lies there is replaced only with `force`. ExportError where the release came without its weights.
     """
-    weights = found.message.weights
-    if weights is None:
+    if found.weights is None:
         raise ExportError(
             f"release {found.release.number} of {found.manifest.task} came without its weights; "
             "export from the release file or from the broker's models/TASK/release"
         )
-    cli.save(target, weights, force=force)
+    cli.save(target, found.weights, force=force)

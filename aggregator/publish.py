@@ -1,25 +1,36 @@
 """The operator's visit to the broker: put a release file there, see the aggregator take it, read what is newest.
 
-A visit is one short connection as `_operator`. It never builds or signs anything and never writes another topic than
-`models/release`.
+A visit is one connection as `_operator`. It never builds or signs anything and never writes other topics than
+`models/release` and, before that, the chunks that a release names. Large weights are read from a file piece by piece
+and written to one, so that memory stays flat.
 """
 
 import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from aggregator import release as release_file
 from aggregator.release import Description
-from shared import signing, topics, wire
+from shared import chunks, signing, topics, wire
 from shared.cli import Exit, Failure
 from shared.driver import Mailbox
 from shared.errors import LinkError, RemoteProtocolError
-from shared.messages import AggregatorStatus, Release, ReleaseMessage, TaskManifest
+from shared.fetch import PATIENCE, Fetch, Progress
+from shared.messages import AggregatorStatus, BlobRef, Release, ReleaseMessage, TaskManifest
 from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published
+from shared.spool import Spool
+from shared.topics import Topics
 from shared.trust import Trust
 
 Say = Callable[[str], None]
+
+_IN_FLIGHT = 16
+"""Chunks that are sent before the first of them is confirmed."""
+_TELL_EVERY = 5.0
+"""Seconds between two lines about how far a transfer is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +104,23 @@ def visit(settings: LinkSettings) -> Iterator[Visit]:
 
 
 def publish(
-    data: bytes, found: Description, trust: Trust, settings: LinkSettings, *, wait: float, prefix: str, say: Say
+    found: Description, trust: Trust, settings: LinkSettings, *, wait: float, prefix: str, say: Say
 ) -> Taken | NotTaken:
-    """Publish a verified release file, retained, and wait up to `wait` seconds until the aggregator announces it.
+    """Publish a verified release, retained, and wait up to `wait` seconds until the aggregator announces it.
 
-    `found` describes `data`. Failure (refused) when the broker says no, or when the fleet already follows another
-    manifest that is not older; LinkError when the broker cannot be reached or does not confirm.
+    Failure (refused) when the broker says no, or when the fleet already follows another manifest that is not older;
+    LinkError when the broker cannot be reached or does not confirm.
     """
     task, version, digest = found.manifest.task, found.manifest.version, signing.digest(found.message.manifest)
+    data, blob = wire.pack(found.message), found.release.weights
     with visit(settings) as here:
-        _fits(data, here.up)
-        here.link.subscribe(topics.task_release(task), topics.Topics(prefix).aggregator_status(0))
+        _fits(len(data), here.up)
+        if blob.chunks:
+            _send_chunks(here, found, Topics(prefix), say)
+        here.link.subscribe(topics.task_release(task), Topics(prefix).aggregator_status(0))
         mid = here.link.publish(topics.RELEASE, data, qos=1, retain=True)
         begun = time.monotonic()
-        _confirmed(here, mid, max(settings.connect_timeout, 10.0))
+        _confirmed(here, {mid}, max(settings.connect_timeout, 10.0), 0, topics.RELEASE)
         say(f"the broker keeps {task} version {version} on {topics.RELEASE}")
         if wait <= 0:
             return NotTaken("nobody waited for the aggregator")
@@ -132,13 +146,32 @@ def publish(
         return NotTaken(_why(online))
 
 
-def newest(task: str, settings: LinkSettings, *, wait: float) -> bytes:
-    """The bytes of the newest retained release of `task`, unverified; Failure if none comes within `wait` seconds."""
+def newest(
+    task: str,
+    settings: LinkSettings,
+    *,
+    wait: float,
+    prefix: str,
+    part: Path,
+    check: Callable[[bytes], Description],
+    say: Say,
+) -> Description:
+    """The newest retained release of `task` with its weights; Failure if none comes within `wait` seconds.
+
+    `check` verifies the message before a chunk is asked for. Chunks are collected in the file `part`, which stays where
+    the visit was cut short, so that the next one asks only for the rest; the caller deletes it at the end.
+    """
     with visit(settings) as here:
         here.link.subscribe(topics.task_release(task))
         for event in here.events(wait):
-            if event.payload:
-                return event.payload
+            if not event.payload:
+                continue
+            found = check(event.payload)
+            if found.weights is not None or not found.release.weights.chunks:
+                return found
+            weights = _collect(here, found.release.weights, Topics(prefix), part, say)
+            release_file.check_weights(weights, found.manifest, found.release)
+            return replace(found, weights=weights)
     raise Failure(
         Exit.TIMED_OUT,
         f"no release of {task!r} on the broker within {wait:.0f} s; is the name right, has an aggregator taken one?",
@@ -165,28 +198,94 @@ def _first(mailbox: Mailbox[LinkEvent], settings: LinkSettings) -> LinkUp:
     raise LinkError(f"{settings.host}:{settings.port}: no answer within {settings.connect_timeout:.0f} s")
 
 
-def _fits(data: bytes, up: LinkUp) -> None:
-    # paho would reconnect and send again for ever, and a broker may drop the message and still acknowledge it.
-    size = len(data) + 128
-    if up.packet_max is not None and size > up.packet_max:
+def _send_chunks(here: Visit, found: Description, names: Topics, say: Say) -> None:
+    """Publish what `found` names, retained; returns once the broker has confirmed every chunk."""
+    blob = found.release.weights
+    if found.weights is None:
+        raise Failure(Exit.REFUSED, "the file holds no weights; publish the file that `aggregator release build` wrote")
+    most = chunks.chunk_size(here.up.packet_max)
+    if here.up.packet_max is not None and blob.chunk_size + chunks.PACKET_ROOM > here.up.packet_max:
         raise Failure(
             Exit.REFUSED,
-            f"the release has {len(data)} bytes and the broker takes {up.packet_max} in one message: raise "
-            "max_packet_size in mosquitto.conf, or make the model smaller",
+            f"the release comes in chunks of {blob.chunk_size} bytes and the broker takes {here.up.packet_max} in one "
+            f"message: build it again with `aggregator release build --chunk-size {most}`",
         )
+    open_mids: set[int] = set()
+    spoken = time.monotonic()
+    for index, piece in enumerate(chunks.pieces(found.weights, blob.chunk_size)):
+        topic = names.chunk(blob.sha256.hex(), index)
+        open_mids.add(here.link.publish(topic, bytes(piece), qos=1, retain=True))
+        _confirmed(here, open_mids, PATIENCE, _IN_FLIGHT - 1, topic)
+        if time.monotonic() - spoken >= _TELL_EVERY:
+            spoken = time.monotonic()
+            say(f"sent {index + 1} of {len(blob.chunks)} chunks")
+    _confirmed(here, open_mids, PATIENCE, 0, names.chunk(blob.sha256.hex(), len(blob.chunks) - 1))
 
 
-def _confirmed(here: Visit, mid: int, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while mid not in here.answers and (left := end - time.monotonic()) > 0:
-        here.take(left)
-    refusal = here.answers.get(mid)
-    if refusal:
+def _collect(here: Visit, blob: BlobRef, names: Topics, part: Path, say: Say) -> memoryview:
+    """The blob out of its retained chunks, in the file `part` and mapped from there."""
+    # Beside it, so that `part` itself is whole whenever it is there.
+    spool = Spool(part.with_name(f"{part.name}.chunks"), blob)
+    name, spoken = blob.sha256.hex(), time.monotonic()
+    fetch = Fetch(blob, spool.missing(), time.monotonic())
+    here.link.subscribe(*(names.chunk(name, index) for index in fetch.connected(time.monotonic())))
+    gone = Failure(Exit.FAILED, f"the chunks of {name[:16]} are gone from the broker; a newer release takes its place")
+    while fetch.left:
+        if fetch.deadline is not None and fetch.deadline <= time.monotonic():
+            raise LinkError(f"no chunk of {name[:16]} came within {PATIENCE:g} s; try again: what came is kept")
+        for event in here.events(1.0):
+            try:
+                found, index = names.parse_chunk(event.topic)
+            except RemoteProtocolError:
+                continue
+            if found != blob.sha256:
+                continue
+            step = fetch.arrived(index, event.payload, time.monotonic())
+            if step.progress is Progress.GONE:
+                raise gone
+            if step.write:
+                spool.write(index, event.payload)
+            if step.unsubscribe and fetch.left:
+                here.link.unsubscribe(*(names.chunk(name, each) for each in step.unsubscribe))
+            if step.subscribe:
+                here.link.subscribe(*(names.chunk(name, each) for each in step.subscribe))
+            if time.monotonic() - spoken >= _TELL_EVERY:
+                spoken = time.monotonic()
+                say(f"{len(blob.chunks) - fetch.left} of {len(blob.chunks)} chunks came")
+            if not fetch.left:
+                break
+    spool.finish(part)
+    return memoryview(release_file.open_file(part))
+
+
+def _fits(size: int, up: LinkUp) -> None:
+    # paho would reconnect and send again for ever, and a broker may drop the message and still acknowledge it.
+    if up.packet_max is not None and size + 128 > up.packet_max:
         raise Failure(
-            Exit.REFUSED, f"the broker refuses the release: {refusal}; may this client write {topics.RELEASE}?"
+            Exit.REFUSED,
+            f"the release's message has {size} bytes and the broker takes {up.packet_max}: raise max_packet_size in "
+            "mosquitto.conf, or make the model smaller",
         )
-    if refusal is None:
-        raise LinkError(f"the broker did not confirm the release within {seconds:g} s; publish it again")
+
+
+def _confirmed(here: Visit, mids: set[int], seconds: float, left: int, topic: str) -> None:
+    """Wait until the broker has confirmed all but `left` of `mids`, which are taken out; it may fall silent for
+    `seconds`."""
+    end = time.monotonic() + seconds
+    while True:
+        for mid in mids & here.answers.keys():
+            mids.remove(mid)
+            refusal = here.answers.pop(mid)
+            if refusal:
+                raise Failure(
+                    Exit.REFUSED, f"the broker refuses the release: {refusal}; may this client write {topic}?"
+                )
+            end = time.monotonic() + seconds
+        if len(mids) <= left:
+            return
+        if (rest := end - time.monotonic()) <= 0:
+            raise LinkError(f"the broker did not confirm the release within {seconds:g} s; publish it again")
+        here.take(rest)
 
 
 def _announced(payload: bytes, trust: Trust) -> tuple[TaskManifest, Release, ReleaseMessage] | None:

@@ -1,7 +1,8 @@
 """A release file: building one from a PyTorch module, a loss and a task file, and reading one back.
 
 The file is the canonical ReleaseMessage: manifest and release number 0, signed by a publisher, with graphs and weights
-inside. Reading checks all that a device checks. torch is imported only while building, and only by aggregator.export.
+inside; the weights are its last part and always whole, also where they travel in chunks. Reading checks all that a
+device checks and makes no copy of large weights. torch is imported only while building, and only by aggregator.export.
 """
 
 import functools
@@ -9,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import mmap
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Struct, structs
 
 from aggregator import task as task_file
-from shared import cli, graph, identity, layout, signing, tensors, trust, wire
+from shared import chunks, cli, graph, identity, layout, signing, tensors, trust, wire
 from shared.errors import ExportError, Reason, RemoteProtocolError
 from shared.messages import (
-    BlobRef,
     Graphs,
     Release,
     ReleaseMessage,
@@ -30,6 +31,7 @@ from shared.messages import (
     Root,
     TaskManifest,
     TensorContract,
+    TensorSpec,
     Use,
     VerificationKey,
 )
@@ -38,11 +40,11 @@ from shared.opset import OPSET_VERSION
 OWN_LOSS = "own"
 """Instead of a loss: the module computes it, forward(*inputs, target) in train mode."""
 
-UPDATE_OVERHEAD = 32 << 10
-"""Bytes that an update needs beside its numbers."""
+FILE_MAX = 4 << 30
+"""Bytes of a release file that are read at all."""
 
-RELEASE_MAX = wire.MESSAGE_MAX
-"""Bytes of a release file that are read at all; broker, aggregator and devices have the same default."""
+_WEIGHTS = b"\xa7weights\xc6"
+"""Before the length (4 bytes) of weights of at least 65,536 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,14 @@ class FleetKeys:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A release file that was read and found whole."""
+    """A release file that was read and found whole.
+
+    `message` is what travels on the release topics: without the weights where those travel in chunks. `weights` are all
+    of them, or None where they came without; the memory is that of the file.
+    """
 
     message: ReleaseMessage
+    weights: memoryview | None
     manifest: TaskManifest
     release: Release
     size: int
@@ -89,6 +96,7 @@ class Description:
                 "tensors": len(manifest.layout),
                 "weights_bytes": release.weights.size,
                 "weights_sha256": release.weights.sha256,
+                "chunks": len(release.weights.chunks),
                 "opset": manifest.opset,
                 "train_rows": len(train.rows) if train else None,
             },
@@ -120,13 +128,24 @@ def fleet_keys(fleet: Path, passphrase: Callable[[Path], bytes | None]) -> Fleet
 
 
 def build(
-    model: str, loss: str, task: Path, keys: FleetKeys, *, now: float, limit: int = RELEASE_MAX, seed: int = 0
+    model: str,
+    loss: str,
+    task: Path,
+    keys: FleetKeys,
+    *,
+    now: float,
+    limit: int = wire.MESSAGE_MAX,
+    seed: int = 0,
+    chunk_size: int = chunks.CHUNK_SIZE,
+    start: Description | None = None,
 ) -> bytes:
     """The bytes of a signed release file.
 
     `model` names a module as "package.module:attribute" or "file.py:attribute" (an nn.Module's class, instance or a
     function without arguments that gives one). `loss` is the name of one of aggregator.export's, OWN_LOSS, or names a
-    module of the publisher's in the same way. `seed` fixes the initial weights that PyTorch draws.
+    module of the publisher's in the same way. `seed` fixes the initial weights that PyTorch draws; with `start` those
+    of that release take their place. Weights above 64 KiB are cut into chunks of `chunk_size` bytes (0: never, they
+    travel whole, which devices before 0.2 need); one message takes `limit` bytes.
 
     Raises ExportError for a model, loss or size that cannot be released and ConfigError for the task file or the keys.
     """
@@ -137,7 +156,8 @@ def build(
         module = export.module(load(model), model)
         criterion = export.module(load(loss), loss) if ":" in loss else None if loss == OWN_LOSS else loss
     exported = export.export(module, criterion, described.data.inputs, described.data.target)
-    weights = exported.weights
+    weights = exported.weights if start is None else _continued(start, described, exported.layout)
+    blob = chunks.describe(weights, chunk_size if len(weights) > chunks.INLINE_MAX else 0)
     manifest = task_file.manifest(
         task,
         described,
@@ -150,12 +170,12 @@ def build(
     )
     manifest_signed = signing.sign(manifest, Role.PUBLISHER, keys.publisher)
     release = Release(
-        v=1,
+        v=2 if blob.chunks else 1,
         task=manifest.task,
         manifest=signing.digest(manifest_signed),
         number=0,
         parent=None,
-        weights=BlobRef(sha256=hashlib.sha256(weights).digest(), size=len(weights)),
+        weights=blob,
         control_variate=None,
         delta=None,
         metrics={},
@@ -170,25 +190,37 @@ def build(
         weights=weights,
     )
     data = wire.pack(message)
-    # A device's update has the weights' size too, and a head of its own.
-    size = max(len(data), len(weights) + UPDATE_OVERHEAD)
+    size = len(data) - (len(weights) if blob.chunks else 0)
     if size > limit:
         raise ExportError(
-            f"the release needs {size} bytes ({len(weights)} of them weights) and one message takes {limit}: make the "
-            "model smaller, or raise --limit together with max_packet_size in mosquitto.conf and message_max in the "
-            "aggregator's and the devices' configuration (releases in several messages are not there yet)"
+            f"the release's message has {size} bytes ({0 if blob.chunks else len(weights)} of them weights) and one "
+            f"message takes {limit}: let the weights travel in chunks (--chunk-size), make the model smaller, or raise "
+            "--limit together with max_packet_size in mosquitto.conf and message_max in the aggregator's and the "
+            "devices' configuration"
         )
+    if len(data) > FILE_MAX:
+        raise ExportError(f"the release has {len(data)} bytes and a release file at most {FILE_MAX}")
     _accepted_by_a_device(data, keys.root, now)
     return data
 
 
-def read(data: bytes, root: Root | None = None, now: float | None = None) -> Description:
+def open_file(path: Path) -> bytes | mmap.mmap:
+    """The bytes of a release file, mapped and not read; cli.Failure above FILE_MAX, OSError where it cannot be read."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        if size > FILE_MAX:
+            raise cli.Failure(cli.Exit.FAILED, f"{path} has more than {FILE_MAX} bytes; is it the right file?")
+        # Nothing can be mapped of an empty file.
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+
+
+def read(data: bytes | mmap.mmap, root: Root | None = None, now: float | None = None) -> Description:
     """Check a release file as a device does and describe it; RemoteProtocolError says what does not hold.
 
     With `root` the signatures are verified, and with `now` (UTC seconds) expiry too; without `root` only the digests
     that tie the parts together, the graphs and the weights.
     """
-    message = wire.unpack(data, ReleaseMessage, RELEASE_MAX)
+    message, weights = _split(data)
     if root is None:
         manifest = wire.unpack(message.manifest.payload, TaskManifest)
         release = wire.unpack(message.release.payload, Release)
@@ -203,11 +235,24 @@ def read(data: bytes, root: Root | None = None, now: float | None = None) -> Des
     if message.graphs is not None:
         _check_graph(message.graphs.train, "train", manifest.train_graph, manifest)
         _check_graph(message.graphs.eval, "eval", manifest.eval_graph, manifest)
-    if message.weights is not None:
-        if hashlib.sha256(message.weights).digest() != release.weights.sha256:
-            raise RemoteProtocolError(Reason.WRONG_DIGEST, "the weights are not those that the release names")
-        tensors.load(message.weights, manifest.layout)
-    return Description(message, manifest, release, len(data), verified=root is not None)
+    if release.weights.size > layout.weights_max(manifest.layout):
+        raise RemoteProtocolError(Reason.TOO_LARGE, f"weights of {release.weights.size} bytes for this layout")
+    if weights is not None:
+        check_weights(weights, manifest, release)
+    travels = structs.replace(message, weights=None if weights is None else bytes(weights))
+    if release.weights.chunks and message.graphs is not None:
+        travels = structs.replace(message, v=2, weights=None)
+    return Description(travels, weights, manifest, release, len(data), verified=root is not None)
+
+
+def check_weights(weights: memoryview, manifest: TaskManifest, release: Release) -> None:
+    """Refuse weights that are not the release's, whole and in chunks, or not of the manifest's layout."""
+    blob, found = release.weights, chunks.describe(weights, release.weights.chunk_size)
+    if (found.size, found.sha256) != (blob.size, blob.sha256):
+        raise RemoteProtocolError(Reason.WRONG_DIGEST, "the weights are not those that the release names")
+    if found.chunks != blob.chunks:
+        raise RemoteProtocolError(Reason.WRONG_DIGEST, "the chunks of the weights are not those that the release names")
+    tensors.verify(weights, manifest.layout)
 
 
 def load(spec: str) -> object:
@@ -238,6 +283,41 @@ def load(spec: str) -> object:
     ) as error:
         raise ExportError(f"{spec}: {type(error).__name__}: {error}{_where(error)}") from None
     return found
+
+
+def _split(data: bytes | mmap.mmap) -> tuple[ReleaseMessage, memoryview | None]:
+    """The message, and its weights over the memory of `data`; where these are large the message holds none of them."""
+    at = data.find(_WEIGHTS)
+    while at >= 0:
+        start = at + len(_WEIGHTS) + 4
+        size = int.from_bytes(data[start - 4 : start], "big")
+        # Something before them may look like them, but only they end the file.
+        if start + size == len(data):
+            if size < 1 << 16:
+                raise RemoteProtocolError(Reason.NOT_CANONICAL, "the weights in another than their canonical form")
+            head = bytes(data[: at + len(_WEIGHTS) - 1]) + wire.pack(b"")
+            return wire.unpack(head, ReleaseMessage), memoryview(data)[start:]
+        at = data.find(_WEIGHTS, at + 1)
+    if len(data) > wire.MESSAGE_MAX:
+        raise RemoteProtocolError(Reason.TOO_LARGE, f"{len(data)} bytes that end in no weights")
+    message = wire.unpack(bytes(data), ReleaseMessage)
+    return message, None if message.weights is None else memoryview(message.weights)
+
+
+def _continued(start: Description, described: task_file.TaskFile, specs: list[TensorSpec]) -> bytes:
+    """The weights of a release for the next version of its task."""
+    before = start.manifest
+    if start.weights is None:
+        raise ExportError(f"release {start.release.number} of {before.task} came without its weights")
+    if before.task != described.name:
+        raise ExportError(f"--continue gives a release of {before.task}, and the task file is of {described.name}")
+    if described.version <= before.version:
+        raise ExportError(f"the fleet has version {before.version} of {before.task}: raise `version` in the task file")
+    try:
+        tensors.verify(start.weights, specs)
+    except RemoteProtocolError as error:
+        raise ExportError(f"the weights of {before.task} do not fit this model: {error}") from None
+    return bytes(start.weights)
 
 
 def _from_file(path: Path) -> object:

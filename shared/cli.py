@@ -176,7 +176,7 @@ def table(heads: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def save(target: Path, data: bytes, *, force: bool) -> None:
+def save(target: Path, data: bytes | memoryview, *, force: bool) -> None:
     """Write a file whole or not at all; Failure where one lies already and `force` is not given."""
     if target.exists() and not force:
         raise Failure(Exit.FAILED, f"{target} exists; give another name, or --force to replace it")

@@ -25,6 +25,9 @@ ITEM_BYTES: Final[Mapping[str, int]] = {
 FLOATING: Final = frozenset({"float32", "float64", "float16"})
 """The dtypes whose tensors are in the flat vector; others are carried from release to release unchanged."""
 
+HEADER_ENTRY: Final = 512
+"""Bytes of a safetensors header allowed for one tensor, beyond its name."""
+
 
 def size(spec: TensorSpec) -> int:
     """Elements of one tensor."""
@@ -34,6 +37,12 @@ def size(spec: TensorSpec) -> int:
 def size_bytes(spec: TensorSpec) -> int:
     """Bytes of one tensor."""
     return size(spec) * ITEM_BYTES[spec.dtype]
+
+
+def weights_max(layout: Sequence[TensorSpec]) -> int:
+    """Bytes that the weights of this layout take at the most, as safetensors with a header of reasonable length."""
+    header = HEADER_ENTRY + sum(HEADER_ENTRY + 6 * len(spec.name) for spec in layout)
+    return 8 + header + sum(size_bytes(spec) for spec in layout)
 
 
 def dimension(layout: Sequence[TensorSpec]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import Reason, RemoteProtocolError
-from shared.layout import FLOATING, dimension, size, size_bytes
+from shared.layout import FLOATING, HEADER_ENTRY, dimension, size, size_bytes
 from shared.messages import TensorSpec
 
 Array: TypeAlias = NDArray[Any]
@@ -28,9 +28,6 @@ _CODES: Final[Mapping[str, str]] = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-
-_HEADER_ENTRY: Final = 512
-"""Bytes of header allowed for one tensor, beyond its name."""
 
 
 def save(layout: Sequence[TensorSpec], tensors: Mapping[str, Array]) -> bytes:
@@ -48,7 +45,12 @@ def save(layout: Sequence[TensorSpec], tensors: Mapping[str, Array]) -> bytes:
 
 
 def load(data: bytes | memoryview, layout: Sequence[TensorSpec]) -> dict[str, Array]:
-    """The tensors of a safetensors file, in the layout's order, as fresh writable arrays.
+    """The tensors of a safetensors file, in the layout's order, as fresh writable arrays; raises as `verify` does."""
+    return {name: array.copy() for name, array in verify(data, layout).items()}
+
+
+def verify(data: bytes | memoryview, layout: Sequence[TensorSpec]) -> dict[str, Array]:
+    """The tensors of a safetensors file as arrays over `data` itself, which must outlive them and may be a file's map.
 
     Raises RemoteProtocolError: WEIGHTS_INVALID for a wrong form, GRAPH_LAYOUT for other names, shapes or dtypes,
     NOT_FINITE for a NaN or an infinity.
@@ -67,7 +69,7 @@ def load(data: bytes | memoryview, layout: Sequence[TensorSpec]) -> dict[str, Ar
         raw = body[start:end]
         if spec.dtype == "bool" and np.frombuffer(raw, np.uint8).max(initial=0) > 1:
             raise RemoteProtocolError(Reason.WEIGHTS_INVALID, f"{spec.name:.64}: a truth value is neither 0 nor 1")
-        found[spec.name] = np.frombuffer(raw, _dtype(spec)).reshape(spec.shape).copy()
+        found[spec.name] = np.frombuffer(raw, _dtype(spec)).reshape(spec.shape)
     at = 0
     for start, end in sorted(spans):
         if start != at:
@@ -122,7 +124,7 @@ def _header(view: memoryview, layout: Sequence[TensorSpec]) -> tuple[dict[str, A
     if len(view) < 8:
         raise RemoteProtocolError(Reason.WEIGHTS_INVALID, "shorter than its own length field")
     length = int.from_bytes(view[:8], "little")
-    most = sum(_HEADER_ENTRY + 6 * len(spec.name) for spec in layout) + _HEADER_ENTRY
+    most = sum(HEADER_ENTRY + 6 * len(spec.name) for spec in layout) + HEADER_ENTRY
     if length > min(most, len(view) - 8):
         raise RemoteProtocolError(Reason.WEIGHTS_INVALID, f"a header of {length} bytes")
     try:

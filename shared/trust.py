@@ -12,6 +12,7 @@ from hashlib import sha256
 
 from shared import graph, signing, wire
 from shared.errors import Reason, RemoteProtocolError
+from shared.layout import weights_max
 from shared.messages import (
     Graphs,
     OfferState,
@@ -99,6 +100,8 @@ def model(message: ReleaseMessage, manifest: TaskManifest, release: Release) -> 
         raise RemoteProtocolError(Reason.MISSING_PART, f"release {release.number} without its graphs")
     if message.weights is None and not release.weights.chunks:
         raise RemoteProtocolError(Reason.MISSING_PART, f"release {release.number} without its weights")
+    if release.weights.size > weights_max(manifest.layout):
+        raise RemoteProtocolError(Reason.TOO_LARGE, f"weights of {release.weights.size} bytes for this layout")
     if manifest.opset != OPSET_VERSION:
         raise RemoteProtocolError(Reason.UNSUPPORTED, f"op-set {manifest.opset}, this program knows {OPSET_VERSION}")
     graphs, weights = message.graphs, message.weights

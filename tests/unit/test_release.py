@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aggregator import ca, release
-from shared import identity, signing, wire
+from shared import chunks, identity, signing, wire
+from shared.cli import Failure
 from shared.errors import ConfigError, ExportError, Reason, RemoteProtocolError
 from shared.messages import Graphs, Release, ReleaseMessage, Role, TaskManifest
 
@@ -101,6 +102,7 @@ def test_a_release_reads_back(built: bytes, keys: release.FleetKeys) -> None:
     assert (found.manifest.task, found.release.number, found.release.parent) == ("digits", 0, None)
     assert found.release.manifest == signing.digest(found.message.manifest)
     assert found.message.weights is not None
+    assert found.weights is not None and bytes(found.weights) == found.message.weights
     assert found.release.weights.sha256 == hashlib.sha256(found.message.weights).digest()
     assert found.release.weights.size == len(found.message.weights)
     assert found.manifest.aggregator_keys[0].key == keys.aggregator
@@ -158,8 +160,130 @@ def test_what_cannot_be_released_is_explained(
 def test_a_release_over_the_limit_is_refused(keys: release.FleetKeys) -> None:
     """A model that does not fit one message is refused with its size, the limit and the remedy."""
     with pytest.raises(ExportError) as refused:
-        release.build(MODEL, "cross_entropy", DIGITS / "task.toml", keys, now=NOW, limit=50_000)
-    assert all(word in str(refused.value) for word in ("50000", "19544", "max_packet_size", "message_max"))
+        release.build(MODEL, "cross_entropy", DIGITS / "task.toml", keys, now=NOW, limit=20_000)
+    assert all(word in str(refused.value) for word in ("20000", "19544", "max_packet_size", "message_max"))
+
+
+# -- weights in chunks -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose weights take 260 KB."""
+    path = tmp_path_factory.mktemp("wide") / "wide.py"
+    path.write_text("from torch import nn\nclass Wide(nn.Sequential):\n    def __init__(self):\n        "
+                    "super().__init__(nn.Linear(64, 870), nn.Linear(870, 10))\n", encoding="utf-8")  # fmt: skip
+    return f"{path}:Wide"
+
+
+@pytest.fixture(scope="module")
+def large(wide: str, keys: release.FleetKeys) -> bytes:
+    """Its release."""
+    return release.build(wide, "cross_entropy", DIGITS / "task.toml", keys, now=NOW)
+
+
+def test_large_weights_are_named_in_chunks_and_lie_in_the_file(large: bytes, keys: release.FleetKeys) -> None:
+    """The file holds them whole and is taken by a plain client; what the command publishes names them in chunks."""
+    found = release.read(large, keys.root, NOW)
+    blob = found.release.weights
+    assert found.weights is not None
+    assert blob == chunks.describe(found.weights, 122_880)
+    assert (len(blob.chunks), found.release.v) == (3, 2)
+    assert (found.message.v, found.message.weights) == (2, None)
+    assert wire.unpack(large, ReleaseMessage).weights == bytes(found.weights)
+    again = release.read(wire.pack(found.message), keys.root, NOW)
+    assert (again.weights, again.message) == (None, found.message)
+
+
+def test_large_weights_are_not_copied(large: bytes, keys: release.FleetKeys, tmp_path: Path) -> None:
+    """A file of gigabytes is mapped: the weights are a window on it."""
+    path = tmp_path / "release.msgpack"
+    path.write_bytes(large)
+    mapped = release.open_file(path)
+    found = release.read(mapped, keys.root, NOW)
+    assert found.weights is not None and found.weights.obj is mapped
+    assert found.size == len(large) and bytes(found.weights) == large[-found.release.weights.size :]
+
+
+@pytest.mark.parametrize(("size", "count"), [(0, 0), (1024, 256), (200_000, 2)])
+def test_the_chunk_size_is_the_publishers_choice(wide: str, keys: release.FleetKeys, size: int, count: int) -> None:
+    """It follows the broker's limit; with 0 the weights travel whole, in the words of protocol 1."""
+    data = release.build(wide, "cross_entropy", DIGITS / "task.toml", keys, now=NOW, chunk_size=size)
+    found = release.read(data, keys.root, NOW)
+    assert len(found.release.weights.chunks) == count
+    assert (found.release.v, found.message.weights is None) == ((2, True) if count else (1, False))
+
+
+def test_chunks_that_are_not_of_the_weights_are_refused(large: bytes, keys: release.FleetKeys) -> None:
+    """A publisher who signs other hashes is told so; a device could never collect such a release."""
+    message = _message(large)
+    record = wire.unpack(message.release.payload, Release)
+    other = msgspec.structs.replace(record.weights, chunks=list(reversed(record.weights.chunks)))
+    forged = signing.sign(msgspec.structs.replace(record, weights=other), Role.PUBLISHER, keys.publisher)
+    with pytest.raises(RemoteProtocolError, match="chunks of the weights"):
+        release.read(_swapped(large, release=forged), keys.root, NOW)
+
+
+def test_weights_far_larger_than_the_layout_are_refused(large: bytes, keys: release.FleetKeys) -> None:
+    """Nobody collects gigabytes for a model of kilobytes."""
+    message = _message(large)
+    record = wire.unpack(message.release.payload, Release)
+    other = msgspec.structs.replace(record.weights, size=1 << 40, chunk_size=1 << 40, chunks=[bytes(32)])
+    forged = signing.sign(msgspec.structs.replace(record, weights=other), Role.PUBLISHER, keys.publisher)
+    with pytest.raises(RemoteProtocolError) as refused:
+        release.read(wire.pack(msgspec.structs.replace(message, v=2, release=forged, weights=None)), keys.root, NOW)
+    assert refused.value.reason is Reason.TOO_LARGE
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), cut=st.integers(0, 40))
+def test_a_spoilt_large_file_is_refused(large: bytes, keys: release.FleetKeys, at: float, byte: int, cut: int) -> None:
+    """One changed byte or a cut end never verifies."""
+    data = bytearray(large)
+    data[int(at * len(data))] = byte
+    spoilt = bytes(data[: len(data) - cut])
+    if spoilt != large:
+        with pytest.raises(RemoteProtocolError):
+            release.read(spoilt, keys.root, NOW)
+
+
+def test_a_release_continues_from_anothers_weights(
+    wide: str, large: bytes, keys: release.FleetKeys, tmp_path: Path
+) -> None:
+    """The next version of a task starts where the last one stands; other layouts, tasks and versions are refused."""
+    text = (DIGITS / "task.toml").read_text(encoding="utf-8")
+    text = text.replace("version = 1 ", "version = 2 ", 1)
+    task = tmp_path / "task.toml"
+    task.write_text(text, encoding="utf-8")
+    before = release.read(large, keys.root, NOW)
+    data = release.build(wide, "cross_entropy", task, keys, now=NOW, seed=9, start=before)
+    found = release.read(data, keys.root, NOW)
+    assert (found.weights, found.manifest.version, found.release.number) == (before.weights, 2, 0)
+    with pytest.raises(ExportError, match="raise `version`"):
+        release.build(wide, "cross_entropy", DIGITS / "task.toml", keys, now=NOW, start=before)
+    with pytest.raises(ExportError, match="do not fit this model"):
+        release.build(MODEL, "cross_entropy", task, keys, now=NOW, start=before)
+    bare = release.read(wire.pack(before.message), keys.root, NOW)
+    with pytest.raises(ExportError, match="without its weights"):
+        release.build(wide, "cross_entropy", task, keys, now=NOW, start=bare)
+    task.write_text(text.replace('"digits"', '"other"', 1), encoding="utf-8")
+    with pytest.raises(ExportError, match="the task file is of other"):
+        release.build(wide, "cross_entropy", task, keys, now=NOW, start=before)
+
+
+def test_files_beyond_reason_are_not_read(tmp_path: Path) -> None:
+    """A file above the limit is refused by its size; an empty one is no release."""
+    path = tmp_path / "huge"
+    with path.open("wb") as file:
+        file.truncate(release.FILE_MAX + 1)
+    with pytest.raises(Failure, match="is it the right file"):
+        release.open_file(path)
+    with path.open("wb") as file:
+        file.truncate(wire.MESSAGE_MAX + 1)
+    with pytest.raises(RemoteProtocolError):
+        release.read(release.open_file(path))
+    path.write_bytes(b"")
+    assert release.open_file(path) == b""
 
 
 def test_a_publisher_that_the_root_does_not_name_is_refused(keys: release.FleetKeys) -> None:

@@ -51,6 +51,10 @@ class Limits(Section, frozen=True):
     """Messages; while so many wait, the link is not read."""
     inbound_bytes: Annotated[int, Meta(ge=1 << 20, le=8 << 30)] = 23 << 20
     """Bytes, likewise; a single larger message passes alone."""
+    inline_max: Annotated[int, Meta(ge=0, le=255 << 20)] = 64 << 10
+    """Bytes of weights up to which our releases carry them in their one message; larger ones go out in chunks."""
+    retained_bytes: Annotated[int, Meta(ge=0, le=1 << 50)] = 512 << 20
+    """Bytes of chunks of one task on the broker, above which replaced releases are withdrawn before their hour."""
     keep_releases: Annotated[int, Meta(ge=2, le=10_000)] = 10
     """Newest releases of a task whose weights stay on disk, so that the task can be rolled back to them."""
     updates: Annotated[int, Meta(ge=1, le=100_000)] = 64

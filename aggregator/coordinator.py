@@ -4,18 +4,27 @@ It checks releases against the pinned root, opens and closes rounds, judges head
 function of its input (Ed25519) and so part of the machine; randomness enters as `keygen`. It must never touch a
 socket, a disk or a clock, and it never sees an update's numbers: those pass from the shell's `Open` to its fold.
 
-    task: waiting (for min_updates live devices) -> collecting -> reducing -> waiting ... -> finished
+    link:  down --LinkReady--> reading back (what the broker retains) --ReadBackDone, or PATIENCE--> up
+    task:  waiting (for min_updates live devices) -> collecting -> reducing -> waiting ... -> finished
+                           ^ resume                   | stop, rollback, a newer manifest
+                    paused, stopped <-----------------+
+
+Every round ends in exactly one of released, rejected_by_gate, superseded, stopped, finished.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import assert_never
+from typing import Literal, assert_never
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import UNSET, structs
 
+from aggregator import gate
+from aggregator.gate import Record
+from aggregator.readback import PATIENCE, SKIP, Found, ReadBack, Standing, skipped, standing
 from aggregator.reassembler import Bounds, Reassembler, Step
 from aggregator.round import Round, Verdict
-from shared import events, signing, tensors
+from shared import events, signing, tensors, trust, wire
 from shared.errors import LocalProtocolError, Reason, RemoteProtocolError
 from shared.machine import Instant, Tick
 from shared.messages import (
@@ -31,6 +40,7 @@ from shared.messages import (
     Release,
     ReleaseMessage,
     Role,
+    RootMessage,
     RoundOffer,
     Signed,
     TaskManifest,
@@ -39,19 +49,48 @@ from shared.messages import (
 )
 from shared.selection import draw, threshold
 from shared.topics import update_name
-from shared.trust import Position, Trust, advance, model, parts
+from shared.trust import Position, Trust, advance, model, next_root, parts
 
 STATUS_AGE_MAX = 13 * 3600
 """Seconds after which a device's word about itself no longer counts."""
+_ROOTS_AHEAD = 64
+"""Newer roots that wait for the one before them."""
 
 # -- events ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class LinkReady:
-    """The broker is there; `fresh` if it remembers nothing of us or we have only just started."""
+    """The broker is there; what it retains of us follows, then ReadBackDone."""
 
-    fresh: bool
+
+@dataclass(frozen=True, slots=True)
+class ReleaseFound:
+    """A message on a task's own release topic; on a new connection what is retained there."""
+
+    task: str
+    message: ReleaseMessage
+
+
+@dataclass(frozen=True, slots=True)
+class OfferFound:
+    """A signed record on a task's own round topic; not verified yet."""
+
+    task: str
+    signed: Signed
+
+
+@dataclass(frozen=True, slots=True)
+class RootFound:
+    """A root record on the topic of its version; not verified yet."""
+
+    version: int
+    message: RootMessage
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBackDone:
+    """Our own status came back: all that was retained came before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +101,48 @@ class ReleaseReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsArrived:
+    """The chunks of a release are all there: its weights, valid, lie in the blobs."""
+
+    found: Found
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsLost:
+    """The chunks of a release cannot be had, or are no weights of its layout."""
+
+    found: Found
+
+
+@dataclass(frozen=True, slots=True)
 class StatusReceived:
-    """A device's word about itself; None once its retained status was cleared."""
+    """A device's word about itself; None once its retained status was cleared.
+
+    `retained`: the broker kept it for us, so that only `sent` says how old it is. What comes live is new, whatever the
+    device's clock says.
+    """
 
     device: str
     status: DeviceStatus | None
+    retained: bool = False
+
+
+Verb = Literal["pause", "resume", "stop", "rollback"]
+TaskState = Literal["active", "paused", "stopped"]
+"""What the operator wants of a task."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCommand:
+    """The operator wants something of a task. `target` is the release to go back to, None where it is not kept.
+
+    `reply` is the shell's; it comes back in the Answer.
+    """
+
+    task: str
+    verb: Verb
+    target: Signed | None
+    reply: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +223,17 @@ class HeadRecalled:
 
 @dataclass(frozen=True, slots=True)
 class RoundReduced:
-    """A closing round's new weights lie in the blobs; `metrics` are what its updates reported of the parent."""
+    """A closing round's new weights lie in the blobs; `metrics` are what its updates reported of the parent.
+
+    `reports` are the updates that said anything on the task's metric.
+    """
 
     task: str
     manifest_version: int
     number: int
     weights: BlobRef
     metrics: Metrics
+    reports: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +247,15 @@ class RoundSpoilt:
 
 Event = (
     LinkReady
+    | ReleaseFound
+    | OfferFound
+    | RootFound
+    | ReadBackDone
     | ReleaseReceived
+    | WeightsArrived
+    | WeightsLost
     | StatusReceived
+    | TaskCommand
     | HeadReceived
     | HeadAdmitted
     | HeadSpoilt
@@ -187,11 +274,85 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class AdoptRelease:
-    """A publisher's manifest and release 0: store both with graphs and weights."""
+    """A publisher's manifest and release 0, or what the broker knew better: store both with graphs and weights.
+
+    Weights that are not in the message lie in the blobs.
+    """
 
     message: ReleaseMessage
     manifest: TaskManifest
     release: Release
+
+
+@dataclass(frozen=True, slots=True)
+class FetchWeights:
+    """Collect a release's chunks; WeightsArrived or WeightsLost follows."""
+
+    found: Found
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreRelease:
+    """Record a new release with the weights of an earlier one."""
+
+    manifest_version: int
+    release: Release
+    signed: Signed
+    restores: int
+
+
+@dataclass(frozen=True, slots=True)
+class MarkRound:
+    """Store and publish an offer that nobody trains on, so that devices and we go on from its number.
+
+    `known`: the store has this round already.
+    """
+
+    manifest_version: int
+    offer: RoundOffer
+    signed: Signed
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A task that was restored, or that the broker knew more of, has caught up."""
+
+    task: str
+    release: int
+    round: int
+    needs_manifest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptRoot:
+    """A newer root of the fleet: keep it for the next start."""
+
+    version: int
+    message: RootMessage
+
+
+@dataclass(frozen=True, slots=True)
+class PublishRoot:
+    """The broker has not our root: put it back."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetTaskState:
+    """Remember what the operator wants of a task."""
+
+    task: str
+    state: TaskState
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Tell the operator; {"error": text} refuses."""
+
+    reply: object
+    facts: dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,34 +505,46 @@ class StoreRelease:
 
 @dataclass(frozen=True, slots=True)
 class EraseRound:
-    """Once its release is out: erase the round's key, its bodies and the weights that it replaced."""
+    """Once its release is out: erase the round's key and its bodies, and weights that are kept no longer."""
 
     task: str
     manifest_version: int
     number: int
-    replaced: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class AbandonRound:
-    """Record that a round ended without a release (`how`), then erase its key and bodies."""
+    """Record that a round ended without a release (`how`), then erase its key and bodies.
+
+    `weights` were made and are not wanted.
+    """
 
     task: str
     manifest_version: int
     number: int
     how: str
+    weights: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FinishTask:
-    """Every round of the plan is done."""
+    """The plan's rounds are done, its goal is reached, or its manifest has expired."""
 
     task: str
     rounds: int
+    why: str
 
 
 Effect = (
     AdoptRelease
+    | FetchWeights
+    | RestoreRelease
+    | MarkRound
+    | Recovered
+    | AdoptRoot
+    | PublishRoot
+    | SetTaskState
+    | Answer
     | PublishRelease
     | OpenRound
     | ReviseRound
@@ -396,6 +569,14 @@ Effect = (
 
 
 @dataclass
+class Presence:
+    """A device's newest word about itself, and when it counts as said (monotonic seconds)."""
+
+    status: DeviceStatus
+    heard: float
+
+
+@dataclass
 class Task:
     """One task: what the store keeps of it, and what follows from that."""
 
@@ -413,15 +594,45 @@ class Task:
     """The round's private key is gone (a restored backup has none), so nothing sealed to it can be opened."""
     live: set[str] = field(default_factory=set)
     """Devices whose newest word is that they would train this task."""
+    state: TaskState = "active"
+    restored: bool = False
+    """It comes from a backup: devices and broker may know more."""
+    parent: tuple[Release, Signed] | None = None
+    """The release before the newest, while its weights are kept."""
+    reports: int = 0
+    """Updates behind the newest release's metrics."""
+    done: bool = False
+    """As good as its plan wants it, or out of rounds."""
+    expired: bool = False
+    coming: bool = False
+    """The broker knows a newer release, whose weights are on their way."""
 
     @property
     def phase(self) -> str:
-        """One word for people: waiting, collecting, starved, reducing or finished."""
+        """One word for people: waiting, collecting, starved, reducing, catching_up, paused, stopped, finished or
+        needs_manifest."""
         if self.round is not None:
             return "starved" if self.round.starved else "collecting"
         if self.closing is not None:
             return "reducing"
-        return "finished" if self.last_round >= self.manifest.plan.rounds else "waiting"
+        if self.coming:
+            return "catching_up"
+        if self.done or self.expired:
+            return "finished"
+        if self.last_round >= self.manifest.plan.rounds:
+            # Numbers were left out after a restore, and none is left.
+            return "needs_manifest"
+        return "waiting" if self.state == "active" else self.state
+
+    @property
+    def protocol(self) -> int:
+        """The version that a device must speak to follow it."""
+        return max(self.manifest.v, self.release.v)
+
+    @property
+    def position(self) -> Position:
+        """Of the newest release."""
+        return Position((self.manifest.version, self.release.number), signing.digest(self.release_signed))
 
 
 @dataclass
@@ -433,14 +644,18 @@ class Coordinator:
     keygen: Callable[[], tuple[bytes, bytes]]
     public_key: bytes
     tasks: dict[str, Task] = field(default_factory=dict)
-    devices: dict[str, DeviceStatus] = field(default_factory=dict)
+    devices: dict[str, Presence] = field(default_factory=dict)
     reassembler: Reassembler[HeadReceived] = field(default_factory=lambda: Reassembler(Bounds()))
     ready: bool = False
+    """Whether the broker was read back once: before that nothing is published and no round opens."""
+    _back: ReadBack | None = None
+    _roots: dict[int, RootMessage] = field(default_factory=dict)
 
     @property
     def deadline(self) -> float | None:
-        """The earliest deadline of an open round or of an update in parts."""
-        due = [task.round.deadline for task in self.tasks.values() if task.round is not None]
+        """The earliest deadline of an open round, of an update in parts or of reading back."""
+        due = [task.round.deadline for task in self.tasks.values() if task.round is not None and self.ready]
+        due += [] if self._back is None else [self._back.due]
         chunks = self.reassembler.deadline
         return min(due if chunks is None else [*due, chunks], default=None)
 
@@ -451,12 +666,27 @@ class Coordinator:
 
     def _handle(self, event: Event, now: Instant) -> list[Effect]:
         match event:
-            case LinkReady(fresh=fresh):
-                return self._link_ready(fresh, now)
+            case LinkReady():
+                self._back = ReadBack(now.mono + PATIENCE)
+                return []
+            case ReleaseFound(task=name, message=message):
+                return self._release_found(name, message, now)
+            case OfferFound(task=name, signed=signed):
+                return self._offer_found(name, signed, now)
+            case RootFound(version=version, message=root):
+                return self._root_found(version, root)
+            case ReadBackDone():
+                return self._read_back(now)
             case ReleaseReceived(message=message):
                 return self._release_received(message, now)
-            case StatusReceived(device=device, status=status):
-                return self._status_received(device, status, now)
+            case WeightsArrived(found=found):
+                return self._enter(found, now)
+            case WeightsLost(found=found):
+                return self._weights_lost(found, now)
+            case StatusReceived():
+                return self._status_received(event, now)
+            case TaskCommand():
+                return self._command(event, now)
             case HeadReceived():
                 return self._head_received(event, now)
             case HeadAdmitted(received=received):
@@ -478,83 +708,352 @@ class Coordinator:
             case RoundSpoilt():
                 return self._round_spoilt(event, now)
             case Tick():
-                return self._deadlines(now) + self._stepped(self.reassembler.tick(now.mono))
+                late = self._back is not None and self._back.due <= now.mono
+                effects = (self._read_back(now) if late else []) + self._deadlines(now)
+                return effects + self._stepped(self.reassembler.tick(now.mono))
             case _:
                 assert_never(event)
 
     def live(self, task: Task, now: Instant) -> set[str]:
         """Devices that say they would train this task now, and said so within the last 13 hours."""
-        return {name for name in task.live if now.utc - self.devices[name].sent < STATUS_AGE_MAX}
+        return {name for name in task.live if now.mono - self.devices[name].heard < STATUS_AGE_MAX}
 
     # -- releases --
-
-    def _link_ready(self, fresh: bool, now: Instant) -> list[Effect]:
-        effects: list[Effect] = []
-        if not self.ready:
-            # A restart owes the release of every round that was closing.
-            for task in self.tasks.values():
-                if task.keyless:
-                    effects += self._abandon(task, "superseded")
-                elif task.closing is not None:
-                    effects.append(Reduce(task.manifest, task.release, task.closing.number))
-        for name, task in self.tasks.items():
-            if fresh:
-                effects.append(PublishRelease(name, task.release.number, announce=False))
-            # Small, and a broker that was killed hard may have brought back an older one with our session.
-            if task.offer_signed is not None:
-                effects.append(PublishOffer(name, task.offer_signed))
-        self.ready = True
-        return effects + self._open_rounds(now)
 
     def _release_received(self, message: ReleaseMessage, now: Instant) -> list[Effect]:
         manifest = self.trust.manifest(message.manifest, now.utc)
         release = self.trust.release(message.release, message.manifest, manifest)
-        task = self.tasks.get(manifest.task)
-        known = None
-        if task is not None:
-            known = Position((task.manifest.version,), signing.digest(task.manifest_signed))
-        if not advance(known, Position((manifest.version,), signing.digest(message.manifest))):
+        if not self._newer(message, manifest):
             # Our own announcement, or the retained release that this task began with.
             if message.graphs is not None and message.weights is not None:
                 parts(message.graphs, message.weights, manifest, release)
             return []
         if release.number != 0:
             raise RemoteProtocolError(Reason.ROLLBACK, f"release {release.number} of a manifest that is not known here")
+        found = self._checked(message, manifest, release, kept=False)
+        return [FetchWeights(found)] if message.weights is None else self._enter(found, now)
+
+    def _newer(self, message: ReleaseMessage, manifest: TaskManifest) -> bool:
+        """Whether a manifest is newer than what its task has; older or forked raises RemoteProtocolError."""
+        task = self.tasks.get(manifest.task)
+        known = None
+        if task is not None:
+            known = Position((task.manifest.version,), signing.digest(task.manifest_signed))
+        return advance(known, Position((manifest.version,), signing.digest(message.manifest)))
+
+    def _checked(self, message: ReleaseMessage, manifest: TaskManifest, release: Release, *, kept: bool) -> Found:
+        """A release whose signatures hold, once it is one of ours and all that came with it is as signed."""
         if all(key.key != self.public_key for key in manifest.aggregator_keys):
             raise RemoteProtocolError(Reason.UNKNOWN_KEY, "the manifest names other aggregators than this one")
         _, weights = model(message, manifest, release)
-        if weights is None:
-            raise RemoteProtocolError(Reason.MISSING_PART, f"release {release.number} without its weights")
-        tensors.load(weights, manifest.layout)
+        if weights is not None:
+            tensors.verify(weights, manifest.layout)
+        return Found(message, manifest, release, kept)
+
+    def _enter(self, found: Found, now: Instant) -> list[Effect]:
+        """Take a release whose weights are there."""
+        if found.kept:
+            return self._catch_up(found, now)
+        if not self._newer(found.message, found.manifest):
+            return []
+        task = self.tasks.get(found.manifest.task)
+        effects = self._abandon(task, "superseded") if task is not None else []
+        name, number = found.manifest.task, found.release.number
+        effects += [*self._adopt(found, task), PublishRelease(name, number, announce=False)]
+        adopted = self.tasks[name]
+        if adopted.state == "stopped":
+            # Who publishes a new version of a task wants it trained.
+            adopted.state = "active"
+            effects.append(SetTaskState(name, "active"))
+        return effects + self._open(adopted, now)
+
+    def _adopt(self, found: Found, before: Task | None) -> list[Effect]:
+        """Begin a task anew with a manifest; what the operator wanted of it stays."""
+        adopted = Task(found.message.manifest, found.manifest, found.message.release, found.release)
+        if before is not None:
+            adopted.state = before.state
+        self.tasks[found.manifest.task] = adopted
+        self._count_live(adopted)
+        return [AdoptRelease(found.message, found.manifest, found.release)]
+
+    def _replace(self, task: Task, signed: Signed, release: Release, reports: int) -> None:
+        """Put a newer release in the place of the newest."""
+        before = task.protocol
+        task.parent = (task.release, task.release_signed)
+        task.release, task.release_signed, task.reports = release, signed, reports
+        if task.protocol != before:
+            self._count_live(task)
+
+    def _restoring(self, task: Task, source: Release, signed: Signed, step: int = 1) -> list[Effect]:
+        """A new release, `step` numbers on, with the weights of an earlier one."""
+        release = structs.replace(
+            source,
+            number=task.release.number + step,
+            parent=signing.digest(task.release_signed),
+            metrics={},
+            restores=signing.digest(signed),
+        )
+        new = self.sign(release)
+        self._replace(task, new, release, 0)
+        return [
+            RestoreRelease(task.manifest.version, release, new, source.number),
+            PublishRelease(release.task, release.number, announce=True),
+        ]
+
+    # -- what the broker retains --
+
+    def _release_found(self, name: str, message: ReleaseMessage, now: Instant) -> list[Effect]:
+        task = self.tasks.get(name)
+        ours = (message.manifest.payload, message.release.payload)
+        if task is not None and ours == (task.manifest_signed.payload, task.release_signed.payload) and message.graphs:
+            if self._back is not None:
+                self._back.add(Found(message, task.manifest, task.release, True))
+            return []
+        manifest = self.trust.manifest(message.manifest, now.utc)
+        if manifest.task != name:
+            raise RemoteProtocolError(Reason.WRONG_TASK, f"a release of {manifest.task} on the topic of {name}")
+        release = self.trust.release(message.release, message.manifest, manifest)
+        found = Found(message, manifest, release, True)
+        if standing(None if task is None else task.position, found.position) is Standing.BEHIND:
+            return []
+        self._checked(message, manifest, release, kept=True)
+        if self._back is not None:
+            self._back.add(found)
+            return []
+        return self._ahead(found, now)
+
+    def _offer_found(self, name: str, signed: Signed, now: Instant) -> list[Effect]:
+        task = self.tasks.get(name)
+        if task is None or (task.offer_signed is not None and signed.payload == task.offer_signed.payload):
+            if self._back is not None:
+                self._back.offers[name] = signed
+            return []
+        try:
+            offer = trust.offer(signed, task.manifest_signed, task.manifest)
+        except RemoteProtocolError as error:
+            if error.reason is not Reason.WRONG_MANIFEST or self._back is None:
+                raise
+            # Of the manifest before ours, or of one that we shall find.
+            offer = None
+        if self._back is not None:
+            self._back.offers[name] = signed
+            return []
+        if offer is not None and _standing(task, offer, signed) in (Standing.AHEAD, Standing.FORKED):
+            return self._recover(task, offer, now)
+        return []
+
+    def _root_found(self, version: int, message: RootMessage) -> list[Effect]:
+        current = self.trust.root
+        if version <= current.version or version > current.version + _ROOTS_AHEAD:
+            if self._back is not None and message.own.payload == wire.pack(current):
+                self._back.root = True
+            return []
+        if version > current.version + 1:
+            self._roots[version] = message
+            return []
+        effects: list[Effect] = []
+        following: RootMessage | None = message
+        while following is not None:
+            try:
+                current = next_root(current, following)
+            except RemoteProtocolError:
+                if not effects:
+                    raise
+                break
+            effects.append(AdoptRoot(current.version, following))
+            following = self._roots.pop(current.version + 1, None)
+        self.trust = Trust(current)
+        if self._back is not None:
+            self._back.root = True
+        return effects
+
+    def _read_back(self, now: Instant) -> list[Effect]:
+        """Everything retained has come, as far as can be known: put right what is not as we know it."""
+        back, self._back = self._back, None
+        if back is None:
+            return []  # of an earlier connection
+        first, self.ready = not self.ready, True
+        effects: list[Effect] = [] if back.root else [PublishRoot(self.trust.root.version)]
+        for name in sorted(self.tasks.keys() | back.releases.keys()):
+            effects += self._compare(name, back, first, now)
+        return effects
+
+    def _compare(self, name: str, back: ReadBack, first: bool, now: Instant) -> list[Effect]:
+        task, found, signed = self.tasks.get(name), back.releases.get(name), back.offers.get(name)
+        place = standing(None if task is None else task.position, None if found is None else found.position)
+        if found is not None and place in (Standing.AHEAD, Standing.FORKED):
+            return self._ahead(replace(found, offer=signed), now)
+        assert task is not None
+        offer = _offer_of(task, signed)
+        offered = Standing.BEHIND if offer is None or signed is None else _standing(task, offer, signed)
+        if task.restored or offered in (Standing.AHEAD, Standing.FORKED):
+            return self._recover(task, offer, now)
+        effects: list[Effect] = []
+        if place is Standing.BEHIND:
+            effects.append(PublishRelease(name, task.release.number, announce=False))
+        if first and task.keyless:
+            return effects + self._abandon(task, "superseded") + self._go_on(task, now)
+        if offered is Standing.BEHIND and task.offer_signed is not None:
+            effects.append(PublishOffer(name, task.offer_signed))
+        if first and task.closing is not None:
+            # A restart owes the release of every round that was closing.
+            effects.append(Reduce(task.manifest, task.release, task.closing.number))
+        return effects + self._open(task, now)
+
+    def _ahead(self, found: Found, now: Instant) -> list[Effect]:
+        """The broker knows a release that we do not, and that we or our publisher signed."""
+        task = self.tasks.get(found.manifest.task)
+        if task is not None and standing(task.position, found.position) is Standing.FORKED:
+            # Two of one number: devices hold theirs, so ours goes on with a number that nobody has.
+            return self._recover(task, _offer_of(task, found.offer), now)
+        if found.message.weights is not None:
+            return self._catch_up(found, now)
         effects: list[Effect] = []
         if task is not None:
-            effects += self._abandon(task, "superseded")
-        adopted = Task(message.manifest, manifest, message.release, release)
-        adopted.live = {name for name, status in self.devices.items() if _would_train(status, manifest)}
-        self.tasks[manifest.task] = adopted
-        effects.append(AdoptRelease(message, manifest, release))
-        effects.append(PublishRelease(manifest.task, release.number, announce=False))
-        return effects + self._open_rounds(now)
+            effects, task.coming = self._abandon(task, "superseded"), True
+        return [*effects, FetchWeights(found)]
+
+    def _catch_up(self, found: Found, now: Instant) -> list[Effect]:
+        """Go on from what the broker knows; its weights are there."""
+        task = self.tasks.get(found.manifest.task)
+        if task is not None and standing(task.position, found.position) is not Standing.AHEAD:
+            task.coming = False
+            return self._open(task, now)
+        effects = self._abandon(task, "superseded") if task is not None else []
+        if task is None or task.manifest_signed.payload != found.message.manifest.payload:
+            effects += self._adopt(found, task)
+            task = self.tasks[found.manifest.task]
+        else:
+            self._replace(task, found.message.release, found.release, 0)
+            task.parent = None
+            effects.append(AdoptRelease(found.message, found.manifest, found.release))
+        return effects + self._recover(task, _offer_of(task, found.offer), now)
+
+    def _weights_lost(self, found: Found, now: Instant) -> list[Effect]:
+        task = self.tasks.get(found.manifest.task)
+        if not found.kept or task is None or task.manifest_signed.payload != found.message.manifest.payload:
+            # Nothing to go on from; it is asked for again on the next connection.
+            return []
+        # Our older weights go on under a number above theirs.
+        step = found.release.number - task.release.number + SKIP
+        return self._recover(task, _offer_of(task, found.offer), now, step)
+
+    def _recover(self, task: Task, theirs: RoundOffer | None, now: Instant, step: int = SKIP) -> list[Effect]:
+        """Leave out the numbers that devices may remember and we forgot: a release and an offer say where we go on."""
+        task.coming = False
+        task.expired = now.utc >= task.manifest.expires
+        if task.expired:
+            return []
+        effects = self._abandon(task, "superseded")
+        newest = task.offer
+        if theirs is not None and (newest is None or (theirs.round, theirs.sequence) > (newest.round, newest.sequence)):
+            newest = theirs
+        last = max(task.last_round, 0 if newest is None else newest.round)
+        finished = newest is not None and newest.state is OfferState.FINISHED
+        number = last if finished else skipped(last, task.manifest.plan.rounds)
+        if newest is not None and number == last and newest is theirs:
+            state = OfferState.FINISHED if finished else OfferState.CLOSED
+            marked = structs.replace(newest, sequence=newest.sequence + 1, state=state)
+        elif number > last:
+            # Nobody ever trains on it, so nobody needs the other half of its key.
+            marked = self._offer(task, number, self.keygen()[1], now)
+            marked = structs.replace(marked, state=OfferState.CLOSED)
+        else:
+            marked = None
+        if marked is not None:
+            signed = self.sign(marked)
+            effects.append(MarkRound(task.manifest.version, marked, signed, task.last_round >= marked.round))
+            task.offer, task.offer_signed, task.last_round = marked, signed, marked.round
+        task.done, task.restored = finished, False
+        effects += self._restoring(task, task.release, task.release_signed, step)
+        needs = task.phase == "needs_manifest"
+        effects.append(Recovered(task.manifest.task, task.release.number, task.last_round, needs))
+        return effects + self._open(task, now)
+
+    # -- the operator --
+
+    def _command(self, command: TaskCommand, now: Instant) -> list[Effect]:
+        task = self.tasks.get(command.task)
+        if task is None:
+            known = ", ".join(sorted(self.tasks)) or "none yet"
+            return [Answer(command.reply, {"error": f"there is no task {command.task} here; there are: {known}"})]
+        refusal = self._refusal(task, command)
+        if refusal:
+            return [Answer(command.reply, {"error": f"{command.task} {refusal}"})]
+        effects: list[Effect] = []
+        match command.verb:
+            case "pause":
+                effects = self._set_state(task, "paused")
+            case "resume":
+                # What was as good as wanted goes on if that is what the operator wants.
+                task.done = False
+                effects = [*self._set_state(task, "active"), *self._open(task, now)]
+            case "stop":
+                effects = [*self._set_state(task, "stopped"), *self._abandon(task, "stopped", OfferState.FINISHED)]
+            case "rollback":
+                assert command.target is not None
+                target = wire.unpack(command.target.payload, Release)
+                ended = self._abandon(task, "superseded")
+                effects = [*ended, *self._restoring(task, target, command.target)]
+                effects += self._go_on(task, now) if ended else self._open(task, now)
+            case _:
+                assert_never(command.verb)
+        facts: dict[str, object] = {
+            "task": command.task,
+            "state": task.state,
+            "phase": task.phase,
+            "release": task.release.number,
+            "round": task.last_round,
+        }
+        return [*effects, Answer(command.reply, facts)]
+
+    def _refusal(self, task: Task, command: TaskCommand) -> str:
+        """Why a command cannot be carried out; empty if it can."""
+        verb, target = command.verb, command.target
+        if verb in ("stop", "rollback") and not self.ready:
+            return "may not be what the broker has of it: wait until the aggregator is connected"
+        if verb == "pause" and task.state == "stopped":
+            return "is stopped; `aggregator task resume` starts it again"
+        if verb == "resume" and task.last_round >= task.manifest.plan.rounds:
+            return f"has no round left of its {task.manifest.plan.rounds}; publish a higher version of it"
+        if verb == "rollback" and target is None:
+            return "has no such release any more"
+        if verb == "rollback" and target is not None and target.payload == task.release_signed.payload:
+            return f"is at release {task.release.number} already"
+        return ""
+
+    def _set_state(self, task: Task, state: TaskState) -> list[Effect]:
+        task.state = state
+        return [SetTaskState(task.manifest.task, state)]
 
     # -- devices --
 
-    def _status_received(self, device: str, status: DeviceStatus | None, now: Instant) -> list[Effect]:
+    def _count_live(self, task: Task) -> None:
+        task.live = {name for name, each in self.devices.items() if _would_train(each.status, task)}
+
+    def _status_received(self, event: StatusReceived, now: Instant) -> list[Effect]:
+        device, status = event.device, event.status
         known = self.devices.get(device)
+        same = known is not None and status is not None and status.session == known.status.session
         if known is not None and status is not None:
-            if not status.online and status.session != known.session:
+            if not status.online and not same:
                 return []  # a late will of an earlier session
-            if status.session == known.session and status.online and status.sent < known.sent:
+            if event.retained and same and status.online and status.sent < known.status.sent:
                 return []
         if status is None:
             self.devices.pop(device, None)
         else:
-            self.devices[device] = status
+            # What comes live is new, whatever either clock says.
+            heard = now.mono - (max(0.0, now.utc - status.sent) if event.retained else 0.0)
+            if known is not None and same and status.sent == known.status.sent:
+                heard = max(heard, known.heard)
+            self.devices[device] = Presence(status, heard)
         effects: list[Effect] = []
         for task in self.tasks.values():
             # Per device, not per fleet: a hundred thousand births must not each look at a hundred thousand devices.
-            if status is not None and _would_train(status, task.manifest):
+            if status is not None and _would_train(status, task):
                 task.live.add(device)
-                if task.phase == "waiting":
+                if task.round is None:
                     effects += self._open(task, now)
             elif device in task.live:
                 task.live.remove(device)
@@ -576,40 +1075,46 @@ class Coordinator:
 
     # -- rounds --
 
-    def _open_rounds(self, now: Instant) -> list[Effect]:
-        return [effect for task in self.tasks.values() if task.phase == "waiting" for effect in self._open(task, now)]
-
     def _open(self, task: Task, now: Instant) -> list[Effect]:
         manifest, plan = task.manifest, task.manifest.plan
-        if not self.ready or len(task.live) < plan.min_updates or now.utc >= manifest.expires:
+        if not self.ready or len(task.live) < plan.min_updates:
+            return []
+        task.expired = now.utc >= manifest.expires
+        if task.phase != "waiting":
             return []
         live = self.live(task, now)
         if len(live) < plan.min_updates:
             return []
         number = task.last_round + 1
-        opened = Round(manifest.task, manifest.version, number, plan, 0, now.mono + plan.deadline, now.utc)
+        seconds = min(float(plan.deadline), manifest.expires - now.utc)
+        opened = Round(manifest.task, manifest.version, number, plan, 0, now.mono + seconds, now.utc)
         opened.participation = threshold(
             (draw(manifest.task, manifest.version, number, each) for each in live), opened.want
         )
         private, public = self.keygen()
-        offer = RoundOffer(
+        offer = self._offer(task, number, public, now)
+        offer = structs.replace(offer, participation=opened.participation, deadline=int(now.utc + seconds))
+        signed = self.sign(offer)
+        task.round, task.offer, task.offer_signed, task.last_round = opened, offer, signed, number
+        return [OpenRound(manifest.version, offer, signed, private, len(live))]
+
+    def _offer(self, task: Task, number: int, public: bytes, now: Instant) -> RoundOffer:
+        """An open offer to nobody, due now."""
+        return RoundOffer(
             v=1,
-            task=manifest.task,
+            task=task.manifest.task,
             manifest=signing.digest(task.manifest_signed),
             release=signing.digest(task.release_signed),
             round=number,
             sequence=0,
             state=OfferState.OPEN,
-            participation=opened.participation,
-            clip=manifest.privacy.clip_max,
+            participation=0,
+            clip=task.manifest.privacy.clip_max,
             shards=1,
             suite="x25519",
             hpke_key=public,
-            deadline=int(now.utc) + plan.deadline,
+            deadline=int(now.utc),
         )
-        signed = self.sign(offer)
-        task.round, task.offer, task.offer_signed, task.last_round = opened, offer, signed, number
-        return [OpenRound(manifest.version, offer, signed, private, len(live))]
 
     def _revise(
         self,
@@ -625,19 +1130,12 @@ class Coordinator:
         if before is None:
             raise LocalProtocolError(f"{task.manifest.task} has no offer to revise")
         current = task.round or task.closing
-        offer = RoundOffer(
-            v=1,
-            task=before.task,
-            manifest=before.manifest,
-            release=before.release,
-            round=before.round,
+        offer = structs.replace(
+            before,
             sequence=before.sequence + 1,
             state=state,
             participation=before.participation if participation is None else participation,
-            clip=before.clip,
-            shards=before.shards,
-            suite=before.suite,
-            hpke_key=before.hpke_key,
+            # The wall clock may have been set back; what devices were promised holds.
             deadline=before.deadline if deadline is None else max(deadline, before.deadline),
         )
         task.offer, task.offer_signed = offer, self.sign(offer)
@@ -649,12 +1147,16 @@ class Coordinator:
         effects: list[Effect] = []
         for task in self.tasks.values():
             current = task.round
-            if current is None or current.deadline > now.mono:
+            if current is None or current.deadline > now.mono or not self.ready:
                 continue
             if current.enough:
                 effects += self._close(task)
+            elif now.utc >= task.manifest.expires:
+                task.expired = True
+                effects += self._abandon(task, "finished", OfferState.FINISHED)
+                effects.append(FinishTask(task.manifest.task, task.last_round, "expired"))
             else:
-                seconds = current.extend(now.mono)
+                seconds = current.extend(now.mono, task.manifest.expires - now.utc)
                 current.participation = current.wider(self.live(task, now))
                 effects += self._revise(
                     task,
@@ -675,8 +1177,14 @@ class Coordinator:
         closed = self._closing(event)
         if closed is None:
             return []
+        plan, metric = task.manifest.plan, task.manifest.metric
+        before, found = Record(task.release.metrics, task.reports), Record(event.metrics, event.reports)
+        worse = plan.gate is not UNSET and gate.clearly_worse(plan.gate, metric, before, found)
+        if worse and task.parent is not None:
+            rejected = self._abandon(task, "rejected_by_gate", weights=event.weights.sha256)
+            return [*rejected, *self._restoring(task, *task.parent), *self._go_on(task, now)]
         release = Release(
-            v=1,
+            v=2 if event.weights.chunk_size else 1,
             task=event.task,
             manifest=signing.digest(task.manifest_signed),
             number=task.release.number + 1,
@@ -689,15 +1197,15 @@ class Coordinator:
             restores=None,
         )
         signed = self.sign(release)
-        replaced = task.release.weights.sha256
-        task.release, task.release_signed, task.closing = release, signed, None
+        self._replace(task, signed, release, event.reports)
+        task.closing = None
         updates, seconds = len(closed.accepted), now.utc - closed.opened
         effects: list[Effect] = [
             StoreRelease(task.manifest.version, closed.number, release, signed, updates, seconds),
             PublishRelease(event.task, release.number, announce=True),
-            *self._go_on(task, now),
+            *(self._finish(task, "goal") if gate.reached(plan, metric, found) else self._go_on(task, now)),
         ]
-        return [*effects, EraseRound(event.task, task.manifest.version, closed.number, replaced)]
+        return [*effects, EraseRound(event.task, task.manifest.version, closed.number)]
 
     def _round_spoilt(self, event: RoundSpoilt, now: Instant) -> list[Effect]:
         task = self.tasks[event.task]
@@ -714,19 +1222,26 @@ class Coordinator:
 
     def _go_on(self, task: Task, now: Instant) -> list[Effect]:
         """After a round: the next one, or the end of the plan."""
-        if task.phase != "finished":
-            return self._open(task, now)
-        finished = self._revise(task, state=OfferState.FINISHED, stored=None)
-        return [*finished, FinishTask(task.manifest.task, task.last_round)]
+        if task.last_round >= task.manifest.plan.rounds:
+            return self._finish(task, "rounds")
+        return self._open(task, now)
 
-    def _abandon(self, task: Task, how: str) -> list[Effect]:
+    def _finish(self, task: Task, why: str) -> list[Effect]:
+        task.done = True
+        finished = self._revise(task, state=OfferState.FINISHED, stored=None)
+        return [*finished, FinishTask(task.manifest.task, task.last_round, why)]
+
+    def _abandon(
+        self, task: Task, how: str, state: OfferState = OfferState.CLOSED, weights: bytes | None = None
+    ) -> list[Effect]:
+        """End the task's round, if it has one, without a release of it."""
         current = task.round or task.closing
         if current is None:
             return []
-        effects: list[Effect] = list(self._revise(task, state=OfferState.CLOSED, stored=how))
+        effects: list[Effect] = list(self._revise(task, state=state, stored=how))
         task.round = task.closing = None
         task.keyless = False
-        return [*effects, AbandonRound(task.manifest.task, task.manifest.version, current.number, how)]
+        return [*effects, AbandonRound(task.manifest.task, task.manifest.version, current.number, how, weights)]
 
     # -- updates --
 
@@ -790,7 +1305,7 @@ class Coordinator:
             self._reply(received, Outcome.ACCEPTED),
             *self._settled(received, now),
         ]
-        return effects + self._close(task) if current.full else effects
+        return effects + self._close(task) if current.complete else effects
 
     def _update_spoilt(self, received: HeadReceived, error: RemoteProtocolError, now: Instant) -> list[Effect]:
         answer = self._answer(received)
@@ -893,13 +1408,32 @@ class Coordinator:
         return Reply(context.device, self.sign(receipt))
 
 
-def _would_train(status: DeviceStatus, manifest: TaskManifest) -> bool:
+def _would_train(status: DeviceStatus, task: Task) -> bool:
     return (
         status.online
         and status.eligible
-        and manifest.opset in status.opsets
-        and manifest.data.dataset in status.datasets
+        and status.v >= task.protocol
+        and task.manifest.opset in status.opsets
+        and task.manifest.data.dataset in status.datasets
     )
+
+
+def _offer_of(task: Task, signed: Signed | None) -> RoundOffer | None:
+    """The offer inside, if it is of this task's manifest."""
+    if signed is None:
+        return None
+    try:
+        return trust.offer(signed, task.manifest_signed, task.manifest)
+    except RemoteProtocolError:
+        return None
+
+
+def _standing(task: Task, offer: RoundOffer, signed: Signed) -> Standing:
+    """Where the broker's offer stands, seen from ours of the same manifest."""
+    ours = None
+    if task.offer is not None and task.offer_signed is not None:
+        ours = Position((task.offer.round, task.offer.sequence), signing.digest(task.offer_signed))
+    return standing(ours, Position((offer.round, offer.sequence), signing.digest(signed)))
 
 
 def signer(private: Ed25519PrivateKey) -> Callable[[RoundOffer | Release | Receipt], Signed]:

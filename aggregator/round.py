@@ -2,10 +2,11 @@
 
     open --goal reached--------------------------------> closing
     open --deadline, at least min_updates---------------> closing
-    open --deadline, fewer--> open, extended (starved) --> ...
+    open --deadline, fewer--> open, extended (starved) --min_updates--> closing
 
-Extensions double from the plan's deadline up to its max_extension, so a round never hangs silently and never gives up
-what was contributed. Ending it (released, superseded, finished ...) is the coordinator's part.
+Extensions double from the plan's deadline up to its max_extension, and never beyond the manifest's expiry, so a round
+never hangs silently and never gives up what was contributed. Ending it (released, superseded, finished ...) is the
+coordinator's part.
 """
 
 import math
@@ -105,9 +106,14 @@ class Round:
         """Whether a deadline has passed without enough updates."""
         return self.extensions > 0
 
-    def extend(self, now: float) -> float:
-        """Move the deadline; returns the seconds added from `now`."""
-        seconds = float(min(self.plan.deadline * 2 ** min(self.extensions, 40), self.plan.max_extension))
+    @property
+    def complete(self) -> bool:
+        """Whether what is in closes it at once: a round that starved waits for no more than it needs."""
+        return self.full or (self.starved and self.enough)
+
+    def extend(self, now: float, left: float = math.inf) -> float:
+        """Move the deadline, by at most `left` seconds; returns the seconds added from `now`."""
+        seconds = min(self.plan.deadline * 2.0 ** min(self.extensions, 40), float(self.plan.max_extension), left)
         self.extensions += 1
         self.deadline = now + seconds
         return seconds

@@ -9,24 +9,25 @@ import collections
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, assert_never
 
 from aggregator import coordinator as core
-from aggregator import intake, ports, validate
+from aggregator import gate, intake, ports, validate
 from aggregator.blobs import Blobs
 from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator, Effect, Task
 from aggregator.distribution import Distribution
+from aggregator.download import Downloads
 from aggregator.intake import DenyList, Intake
 from aggregator.ports import BlobLost, Contribution, StoredTask
 from aggregator.quarantine import Quarantine
 from aggregator.reassembler import Reassembler
 from aggregator.round import Round
 from aggregator.store import Store
-from shared import identity, logs, sealing, signing, systemd, tensors, wire
+from shared import chunks, identity, logs, sealing, signing, systemd, tensors, wire
 from shared.driver import Driver, Mailbox, on_termination, read_clock
 from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, RemoteProtocolError, StorageError
 from shared.events import Event
@@ -35,17 +36,20 @@ from shared.logs import tell
 from shared.machine import Instant, Tick
 from shared.messages import (
     AggregatorStatus,
-    BlobRef,
     DeviceStatus,
+    OfferState,
     Outcome,
     Release,
     ReleaseMessage,
+    Root,
+    RootMessage,
     RoundOffer,
+    Signed,
     TaskManifest,
 )
 from shared.mqtt import Link, LinkBroken, LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will
-from shared.topics import RELEASE, Topics, shard_client, task_round
-from shared.trust import Trust
+from shared.topics import RELEASE, TASK_RELEASES, TASK_ROUNDS, Topics, parse_task, shard_client, task_round
+from shared.trust import Trust, next_root
 from shared.version import VERSION
 
 SHARD = 0
@@ -53,6 +57,10 @@ _HEARTBEAT = 30.0
 """Seconds after which the owner loop turns though nothing happens; the watchdog may ask for less."""
 _RETRY_EVERY = 5.0
 """Seconds between two tries to write to a disk that is full."""
+_CERTIFICATES_EVERY = 86_400.0
+"""Seconds between two looks at how long our certificates are valid."""
+_EXPIRES_SOON = 30
+"""Days of validity below which it is told."""
 _SHOW_EVERY = 1.0
 """Seconds between two writings of the status file at the least."""
 
@@ -83,7 +91,9 @@ class Service:
         self._blobs: ports.Blobs = Blobs(state / "blobs")
         self._topics = Topics(config.broker.prefix)
         private = identity.load_signing_key(Path(config.trust.signing_key))
-        trust = Trust(identity.load_root(Path(config.trust.root)))
+        self._roots = state / "roots"
+        self._roots.mkdir(mode=0o700, exist_ok=True)
+        trust = Trust(self._walk_roots(identity.load_root(Path(config.trust.root))))
         self._coordinator = Coordinator(
             trust,
             core.signer(private),
@@ -103,17 +113,23 @@ class Service:
         )
         known = self._store.tasks()
         for stored in known:
-            task = _restore(stored, now)
+            task = self._restore(stored, now)
             current = task.round or task.closing
             if current is not None:
                 task.keyless = not self._key_file(stored.name, stored.manifest_version, current.number).exists()
             self._coordinator.tasks[stored.name] = task
         self._sweep(known)
         self._refused: collections.Counter[str] = collections.Counter()
-        self._started, self._greeted = now, False
+        self._started = now
         self._session, self._link_cause = os.urandom(8), ""
         self._quarantine = Quarantine(state)
         self._ending = threading.Event()
+        self._packet_max: int | None = None
+        self._certificates_due = now.mono
+        self._days_left: dict[str, int] = {}
+        """Of our certificates, by file name."""
+        self._early: list[Message] = []
+        """Releases that came before the broker was read back; not acknowledged."""
         self.mailbox: Mailbox[ServiceEvent] = Mailbox(config.limits.inbound_messages, config.limits.inbound_bytes)
         self._link = Link(
             LinkSettings(
@@ -131,7 +147,13 @@ class Service:
             self.mailbox,
             Will(self._topics.aggregator_status(SHARD), self._presence(online=False)),
         )
-        self._distribution = Distribution(self._store, self._blobs, self._send)
+        self._distribution = Distribution(
+            self._store, self._blobs, self._topics, self._publish, config.limits.retained_bytes
+        )
+        self._distribution.resume(self._coordinator.tasks.values(), now)
+        self._downloads = Downloads(
+            state / "spool", self._topics, self._blobs, self._link.subscribe, self._link.unsubscribe
+        )
         self._driver: Driver[ServiceEvent, Effect] = Driver(self.mailbox, self, self)
         self._shown: dict[str, object] = {}
         self._manager = systemd.ServiceManager(os.environ)
@@ -180,9 +202,10 @@ class Service:
     # -- the machine's side ------------------------------------------------------------------------------------
 
     @property
-    def deadline(self) -> float | None:
-        """The coordinator's."""
-        return self._coordinator.deadline
+    def deadline(self) -> float:
+        """The earliest of the coordinator's and of what is on its way to or from the broker."""
+        due = (self._coordinator.deadline, self._distribution.deadline, self._downloads.deadline)
+        return min([self._certificates_due, *(each for each in due if each is not None)])
 
     def handle(self, event: ServiceEvent | Tick, now: Instant) -> list[Effect]:
         """Decode what is still bytes, then let the coordinator decide."""
@@ -190,26 +213,46 @@ class Service:
             case Message():
                 if len(self._quarantine) and self._quarantine.holds(intake.suspicion(self._topics, event)):
                     return self._condemned(event, now)
-                return self._coordinator.handle(self._decode(event), now)
+                return [effect for found in self._decode(event, now) for effect in self._decide(found, now)]
             case LinkUp():
                 return self._link_up(event, now)
             case LinkDown(cause=cause):
                 if cause != self._link_cause:
                     tell(Event.LINK_DOWN, cause=cause)
                 self._link_cause = cause
+                self._downloads.disconnected()
                 return []
             case LinkBroken(cause=cause):
                 raise LocalProtocolError(f"the network thread failed: {cause}")
-            case Published(refusal=refusal):
+            case Published(mid=mid, refusal=refusal):
                 if refusal:
                     self._count("publish_refused")
                     tell(Event.PUBLISH_REFUSED, cause=refusal)
+                self._distribution.published(mid, refusal, now)
                 return []
+            case Tick():
+                if self._certificates_due <= now.mono:
+                    self._look_at_certificates(now)
+                self._distribution.tick(now)
+                effects = [effect for found in self._downloads.tick(now) for effect in self._decide(found, now)]
+                return effects + self._decide(event, now)
             case Stop():
                 self._driver.stop()
                 return []
             case _:
-                return self._coordinator.handle(event, now)
+                return self._decide(event, now)
+
+    def _decide(self, event: core.Event | Tick, now: Instant) -> list[Effect]:
+        ready = self._coordinator.ready
+        effects = self._coordinator.handle(event, now)
+        if self._coordinator.ready and not ready:
+            # What the broker knows of its tasks is known now, so nothing older can take its place.
+            for message in self._downloads.pending():
+                self.mailbox.post(core.ReleaseReceived(message))
+            for early in self._early:
+                self.mailbox.post(early)
+            self._early = []
+        return effects
 
     def _condemned(self, message: Message, now: Instant) -> list[Effect]:
         """A message that must not be handled: whoever pulls an update's chunks gives it up, all else is refused."""
@@ -219,25 +262,59 @@ class Service:
         raise RemoteProtocolError(Reason.QUARANTINED, f"{len(message.payload)} bytes that killed the process before")
 
     def _link_up(self, event: LinkUp, now: Instant) -> list[Effect]:
-        fresh = not (event.session_present and self._greeted)
-        self._greeted, self._link_cause = True, ""
+        self._link_cause, self._packet_max, self._early = "", event.packet_max, []
         tell(Event.LINK_UP, session_present=event.session_present, packet_max=event.packet_max)
-        self._link.subscribe(RELEASE, self._topics.uploads(SHARD), self._topics.device_status("+"))
-        self._send(self._topics.aggregator_status(SHARD), self._presence(online=True), retain=True)
-        return self._coordinator.handle(core.LinkReady(fresh), now)
+        own = self._topics.aggregator_status(SHARD)
+        # What is retained comes in this order, and our own word after all of it.
+        self._link.subscribe(TASK_RELEASES, TASK_ROUNDS, self._topics.root("+"), own, RELEASE)
+        self._link.subscribe(self._topics.uploads(SHARD), self._topics.device_status("+"))
+        asked = self._distribution.connected(event.packet_max)
+        if asked is not None:
+            self._link.subscribe(asked)
+        self._downloads.connected(now)
+        self._send(own, self._presence(online=True), retain=True)
+        return self._coordinator.handle(core.LinkReady(), now)
 
-    def _decode(self, message: Message) -> core.Event:
-        limit = self._config.broker.message_max
-        if len(message.payload) > limit:
-            raise RemoteProtocolError(Reason.TOO_LARGE, f"{len(message.payload)} bytes, the limit is {limit}")
-        if message.topic == RELEASE:
-            return core.ReleaseReceived(wire.unpack(message.payload, ReleaseMessage, limit))
-        if message.topic.startswith(f"{self._topics.prefix}/dev/"):
-            device = self._topics.parse_device_status(message.topic)
-            if not message.payload or self._deny.has(device):
-                return core.StatusReceived(device, None)
-            return core.StatusReceived(device, wire.unpack(message.payload, DeviceStatus, 65_536))
-        return intake.decode(self._topics, message, limit)
+    def _decode(self, message: Message, now: Instant) -> list[core.Event]:
+        """What a message says; RemoteProtocolError if it is not what belongs on its topic."""
+        topic, payload, limit = message.topic, message.payload, self._config.broker.message_max
+        if len(payload) > limit:
+            raise RemoteProtocolError(Reason.TOO_LARGE, f"{len(payload)} bytes, the limit is {limit}")
+        if topic == RELEASE:
+            if self._coordinator.ready:
+                return [core.ReleaseReceived(wire.unpack(payload, ReleaseMessage, limit))]
+            self._early.append(message)
+            return []
+        branch = topic.removeprefix(f"{self._topics.prefix}/").partition("/")[0]
+        if topic.startswith("models/"):
+            return self._decode_own(topic, payload, limit)
+        match branch:
+            case "dev":
+                device = self._topics.parse_device_status(topic)
+                if not payload or self._deny.has(device):
+                    return [core.StatusReceived(device, None)]
+                return [core.StatusReceived(device, wire.unpack(payload, DeviceStatus, 65_536), message.retain)]
+            case "agg":
+                own = not message.retain and self._presence(online=True) == payload
+                return [core.ReadBackDone()] if own and topic == self._topics.aggregator_status(SHARD) else []
+            case "root":
+                version = self._topics.parse_root(topic)
+                return [core.RootFound(version, wire.unpack(payload, RootMessage))] if payload else []
+            case "blob":
+                if self._distribution.seen(topic, payload):
+                    self._link.unsubscribe(topic)
+                    return []
+                return self._downloads.arrived(*self._topics.parse_chunk(topic), payload, now)
+            case _:
+                return [intake.decode(self._topics, message, limit)]
+
+    def _decode_own(self, topic: str, payload: bytes, limit: int) -> list[core.Event]:
+        """What we put there ourselves, if the broker did not lose or change it."""
+        if not payload:
+            return []
+        if topic.endswith("/round"):
+            return [core.OfferFound(parse_task(topic, "round"), wire.unpack(payload, Signed))]
+        return [core.ReleaseFound(parse_task(topic, "release"), wire.unpack(payload, ReleaseMessage, limit))]
 
     # -- the shell's side --------------------------------------------------------------------------------------
 
@@ -272,7 +349,10 @@ class Service:
         # Numbers that no contribution took. Not sooner: one head may come twice in a batch, with a bad body and a good.
         self._intake.opened.clear()
         if isinstance(event, Message):
-            self._link.acknowledge(event)
+            if not any(event is each for each in self._early):
+                self._link.acknowledge(event)
+        elif isinstance(event, core.ReleaseReceived):
+            self._downloads.tidy()
 
     def commit(self, effects: Sequence[Effect]) -> None:
         """Blobs and keys first, then everything else in one transaction; waits for a disk that is full."""
@@ -291,7 +371,8 @@ class Service:
                     case core.AdoptRelease():
                         self._distribution.adopt(effect, now)
                     case core.OpenRound(offer=offer):
-                        self._keep_key(offer.task, effect.manifest_version, offer.round, effect.private_key)
+                        key = self._key_file(offer.task, effect.manifest_version, offer.round)
+                        _keep(key, effect.private_key)
                         self._store.open_round(offer.task, effect.manifest_version, offer.round, effect.signed, now)
                     case core.ReviseRound(offer=offer):
                         self._store.revise_round(
@@ -318,6 +399,29 @@ class Service:
                         self._store.end_round(
                             release.task, effect.manifest_version, effect.round_number, "released", now
                         )
+                    case core.RestoreRelease(release=release):
+                        self._store.add_release(
+                            release.task,
+                            effect.manifest_version,
+                            release.number,
+                            effect.signed,
+                            release.weights.sha256,
+                            now,
+                            effect.restores,
+                        )
+                    case core.MarkRound(offer=offer):
+                        where = (offer.task, effect.manifest_version, offer.round)
+                        if effect.known:
+                            self._store.revise_round(*where, "superseded", effect.signed, 0)
+                        else:
+                            self._store.open_round(*where, effect.signed, now)
+                        self._store.end_round(*where, "superseded", now)
+                    case core.Recovered():
+                        self._store.set_restored(effect.task, False)
+                    case core.AdoptRoot():
+                        _keep(self._root_file(effect.version), wire.pack(effect.message))
+                    case core.SetTaskState():
+                        self._store.set_task_state(effect.task, effect.state)
                     case core.AbandonRound():
                         self._store.end_round(effect.task, effect.manifest_version, effect.number, effect.how, now)
                     case _:
@@ -356,9 +460,37 @@ class Service:
         match effect:
             case core.AdoptRelease(manifest=manifest):
                 self._count("releases_adopted")
-                tell(Event.TASK_ADOPTED, task=manifest.task, version=manifest.version, release=0)
+                number = effect.release.number
+                tell(Event.TASK_ADOPTED, task=manifest.task, version=manifest.version, release=number)
+                self._downloads.tidy()
+            case core.FetchWeights():
+                yield from self._downloads.begin(effect.found, read_clock())
+            case core.RestoreRelease(release=release):
+                tell(Event.RELEASE_RESTORED, task=release.task, release=release.number, restores=effect.restores)
+            case core.MarkRound(offer=offer):
+                self._distribution.retain(task_round(offer.task), wire.pack(effect.signed))
+            case core.Recovered():
+                tell(
+                    Event.TASK_RECOVERED,
+                    task=effect.task,
+                    release=effect.release,
+                    round=effect.round,
+                    needs_manifest=effect.needs_manifest,
+                )
+            case core.AdoptRoot():
+                tell(Event.ROOT_ADOPTED, version=effect.version)
+            case core.PublishRoot():
+                self._distribution.retain(self._topics.root(effect.version), self._root_message(effect.version))
+            case core.SetTaskState():
+                tell(_TOLD[effect.state], task=effect.task)
+            case core.Answer():
+                assert callable(effect.reply)
+                effect.reply(effect.facts)
             case core.PublishRelease():
-                self._distribution.publish(self._coordinator.tasks[effect.task], announce=effect.announce)
+                task = self._coordinator.tasks[effect.task]
+                # A newer one may have been made in the same batch: its own effect publishes it.
+                if task.release.number == effect.number:
+                    self._distribution.publish(task, read_clock(), announce=effect.announce)
             case core.OpenRound(offer=offer):
                 tell(
                     Event.ROUND_OPENED,
@@ -367,7 +499,7 @@ class Service:
                     eligible=effect.eligible,
                     participation=round(offer.participation / 2**32, 4),
                 )
-                self._send(task_round(offer.task), wire.pack(effect.signed), retain=True)
+                self._distribution.retain(task_round(offer.task), wire.pack(effect.signed))
             case core.ReviseRound(offer=offer):
                 if effect.told is not None:
                     tell(
@@ -378,9 +510,9 @@ class Service:
                         deadline=offer.deadline,
                         participation=round(offer.participation / 2**32, 4),
                     )
-                self._send(task_round(offer.task), wire.pack(effect.signed), retain=True)
+                self._distribution.retain(task_round(offer.task), wire.pack(effect.signed))
             case core.PublishOffer():
-                self._send(task_round(effect.task), wire.pack(effect.signed), retain=True)
+                self._distribution.retain(task_round(effect.task), wire.pack(effect.signed))
             case core.Admit():
                 yield self._intake.admit(effect)
             case core.Ask(device=device, missing=missing):
@@ -420,8 +552,11 @@ class Service:
             case core.AbandonRound():
                 self._erase_round(effect.task, effect.manifest_version, effect.number)
                 tell(Event.ROUND_ABANDONED, task=effect.task, round=effect.number, how=effect.how)
+                if effect.weights not in {None, *self._store.weights_in_use(self._config.limits.keep_releases)}:
+                    assert effect.weights is not None
+                    self._blobs.delete(effect.weights)
             case core.FinishTask():
-                tell(Event.TASK_FINISHED, task=effect.task, rounds=effect.rounds)
+                tell(Event.TASK_FINISHED, task=effect.task, rounds=effect.rounds, why=effect.why)
             case _:
                 assert_never(effect)
 
@@ -448,10 +583,12 @@ class Service:
             # Every update was finite and clipped, yet their mean takes a weight out of its type's range.
             self._tell_spoilt(spoilt, error.reason, error.detail)
             return spoilt
-        name = self._blobs.put(weights)
+        self._blobs.put(weights)
         metrics = validate.pooled([(row.metrics, row.holdout) for row in rows])
-        weights_ref = BlobRef(sha256=name, size=len(weights))
-        return core.RoundReduced(manifest.task, manifest.version, effect.number, weights_ref, metrics)
+        large = len(weights) > self._config.limits.inline_max
+        blob = chunks.describe(weights, chunks.chunk_size(self._packet_max) if large else 0)
+        reports = gate.reports([row.metrics for row in rows], manifest.metric)
+        return core.RoundReduced(manifest.task, manifest.version, effect.number, blob, metrics, reports)
 
     def _tell_spoilt(self, spoilt: core.RoundSpoilt, reason: Reason, detail: str) -> None:
         self._refused[reason.value] += 1
@@ -470,29 +607,101 @@ class Service:
         where = intake.where(received.context)
         tell(Event.UPDATE_REJECTED, **where, outcome=outcome.value, reason=reason.value, detail=detail)
 
-    def _send(self, topic: str, payload: bytes, retain: bool = False) -> int:
+    def _send(self, topic: str, payload: bytes, retain: bool = False) -> None:
+        """For what is asked for again where it gets lost."""
         try:
             self._link.publish(topic, payload, retain=retain)
         except LinkError as error:
             self._count("publish_refused")
             tell(Event.PUBLISH_REFUSED, topic=topic, cause=str(error))
-        return len(payload)
+
+    def _publish(self, topic: str, payload: bytes, retain: bool) -> int:
+        return self._link.publish(topic, payload, retain=retain)
+
+    def _look_at_certificates(self, now: Instant) -> None:
+        self._certificates_due = now.mono + _CERTIFICATES_EVERY
+        for path in dict.fromkeys((Path(self._config.broker.cert), Path(self._config.broker.ca))):
+            ends = min(each.not_valid_after_utc.timestamp() for each in identity.load_certificates(path))
+            self._days_left[path.name] = days = int((ends - now.utc) // 86_400)
+            if days < _EXPIRES_SOON:
+                tell(Event.CERTIFICATE_EXPIRING, path=str(path), days=days)
+
+    def _root_file(self, version: int) -> Path:
+        return self._roots / f"{version}.root"
+
+    def _root_message(self, version: int) -> bytes:
+        """The root of that version as it travels: as it came, or the pinned one."""
+        path = self._root_file(version)
+        if path.exists():
+            return path.read_bytes()
+        pinned = wire.unpack(Path(self._config.trust.root).read_bytes(), Signed)
+        return wire.pack(RootMessage(v=2, before=pinned, own=pinned))
+
+    def _walk_roots(self, root: Root) -> Root:
+        """The newest root that was adopted, beginning with the pinned one."""
+        while (path := self._root_file(root.version + 1)).exists():
+            try:
+                root = next_root(root, wire.unpack(path.read_bytes(), RootMessage))
+            except RemoteProtocolError as error:
+                advice = f"does not follow the root before it ({error}); delete it, the broker brings it back"
+                raise ConfigError(str(path), "", advice) from None
+        return root
 
     def _presence(self, *, online: bool) -> bytes:
         return wire.pack(AggregatorStatus(v=1, session=self._session, online=online, version=VERSION))
-
-    def _keep_key(self, task: str, version: int, number: int, private: bytes) -> None:
-        path = self._key_file(task, version, number)
-        try:
-            write_durably(path, private)
-        except OSError as error:
-            raise StorageError.of(path, error) from error
 
     def _key_file(self, task: str, version: int, number: int) -> Path:
         return self._keys / f"{task}.{version}.{number}"
 
     def _count(self, what: str) -> None:
         self._counts[what] += 1
+
+    def _restore(self, stored: StoredTask, now: Instant) -> Task:
+        """A task as the store knows it."""
+        manifest = wire.unpack(stored.manifest.payload, TaskManifest)
+        task = Task(stored.manifest, manifest, stored.release, wire.unpack(stored.release.payload, Release))
+        task.state, task.restored = stored.state, stored.restored
+        for each in self._store.retained(stored.name):
+            if signing.digest(each.signed) == task.release.parent:
+                task.parent = (wire.unpack(each.signed.payload, Release), each.signed)
+        found = stored.round
+        if found is None:
+            return task
+        offer = wire.unpack(found.offer.payload, RoundOffer)
+        task.last_round, task.offer, task.offer_signed = found.number, offer, found.offer
+        collecting = found.state in ("open", "closing")
+        task.reports = self._reports(task, found.number - 1 if collecting else found.number)
+        if not collecting:
+            task.done = offer.state is OfferState.FINISHED and found.state not in ("finished", "stopped")
+            return task
+        current = Round(
+            manifest.task,
+            manifest.version,
+            found.number,
+            manifest.plan,
+            offer.participation,
+            now.mono
+            + max(0.0, min(offer.deadline - now.utc, float(max(manifest.plan.deadline, manifest.plan.max_extension)))),
+            found.opened,
+            found.extensions,
+            {row.device: row.head_digest for row in stored.contributions},
+            max((row.seq for row in stored.contributions), default=0),
+            {row.device: (row.head_digest, row.reason) for row in stored.rejected},
+        )
+        if found.state == "open":
+            task.round = current
+        else:
+            task.closing = current
+        return task
+
+    def _reports(self, task: Task, number: int) -> int:
+        """How many updates the metrics of a task's newest release come from: those of the last round that had any."""
+        while number > 0 and task.release.metrics:
+            rows = self._store.contributions(task.manifest.task, task.manifest.version, number)
+            if rows:
+                return gate.reports([row.metrics for row in rows], task.manifest.metric)
+            number -= 1
+        return 0
 
     def _sweep(self, known: Sequence[StoredTask]) -> None:
         """Delete what a crash left behind: bodies, weights and keys that no open round or newest release needs."""
@@ -513,7 +722,7 @@ class Service:
     def _show(self) -> None:
         """Leave a status file for `aggregator status`, when it says something new."""
         tasks = self._coordinator.tasks
-        online = [status for status in self._coordinator.devices.values() if status.online]
+        online = [each.status for each in self._coordinator.devices.values() if each.status.online]
         shown: dict[str, object] = {
             "pid": os.getpid(),
             "version": VERSION,
@@ -522,6 +731,8 @@ class Service:
             "broker": f"{self._config.broker.host}:{self._config.broker.port}",
             "devices": {"online": len(online), "eligible": sum(status.eligible for status in online)},
             "tasks": {name: _summary(task) for name, task in sorted(tasks.items())},
+            "certificate_days": self._days_left,
+            "retained_bytes": self._distribution.retained_bytes(),
             "counts": dict(sorted(self._counts.items())),
             "refused": dict(sorted(self._refused.items())),
             "quarantined": len(self._quarantine),
@@ -549,8 +760,26 @@ Durable = (
     | core.Reject
     | core.StoreRelease
     | core.AbandonRound
+    | core.RestoreRelease
+    | core.MarkRound
+    | core.Recovered
+    | core.AdoptRoot
+    | core.SetTaskState
 )
 """Effects that are on disk before anything is carried out."""
+
+_TOLD: Mapping[core.TaskState, Event] = {
+    "active": Event.TASK_RESUMED,
+    "paused": Event.TASK_PAUSED,
+    "stopped": Event.TASK_STOPPED,
+}
+
+
+def _keep(path: Path, data: bytes) -> None:
+    try:
+        write_durably(path, data)
+    except OSError as error:
+        raise StorageError.of(path, error) from error
 
 
 def run(config: AggregatorConfig) -> None:
@@ -559,38 +788,6 @@ def run(config: AggregatorConfig) -> None:
     service = Service(config, read_clock())
     on_termination(service.end)
     service.run()
-
-
-def _restore(stored: StoredTask, now: Instant) -> Task:
-    """A task as the store knows it."""
-    manifest = wire.unpack(stored.manifest.payload, TaskManifest)
-    task = Task(stored.manifest, manifest, stored.release, wire.unpack(stored.release.payload, Release))
-    found = stored.round
-    if found is None:
-        return task
-    offer = wire.unpack(found.offer.payload, RoundOffer)
-    task.last_round, task.offer, task.offer_signed = found.number, offer, found.offer
-    if found.state not in ("open", "closing"):
-        return task
-    current = Round(
-        manifest.task,
-        manifest.version,
-        found.number,
-        manifest.plan,
-        offer.participation,
-        now.mono
-        + max(0.0, min(offer.deadline - now.utc, float(max(manifest.plan.deadline, manifest.plan.max_extension)))),
-        found.opened,
-        found.extensions,
-        {row.device: row.head_digest for row in stored.contributions},
-        max((row.seq for row in stored.contributions), default=0),
-        {row.device: (row.head_digest, row.reason) for row in stored.rejected},
-    )
-    if found.state == "open":
-        task.round = current
-    else:
-        task.closing = current
-    return task
 
 
 def _summary(task: Task) -> dict[str, object]:
@@ -602,6 +799,7 @@ def _summary(task: Task) -> dict[str, object]:
         "round": task.last_round,
         "rounds": plan.rounds,
         "phase": task.phase,
+        "state": task.state,
         "updates": len(current.accepted) if current is not None else 0,
         "goal": plan.goal,
         "min_updates": plan.min_updates,

@@ -18,6 +18,7 @@ class Event(StrEnum):
     LINK_DOWN = "link.down"
     MESSAGE_REFUSED = "message.refused"
     CLOCK_JUMPED = "clock.jumped"
+    STORAGE_FAILED = "storage.failed"
     LIBRARY_SAID = "library.said"
     STORAGE_FAILED = "storage.failed"
     STORAGE_RECOVERED = "storage.recovered"
@@ -52,6 +53,16 @@ class Event(StrEnum):
     ROUND_ABANDONED = "round.abandoned"
     FOLD_REBUILT = "fold.rebuilt"
     PUBLISH_REFUSED = "publish.refused"
+    PUBLISH_DELAYED = "publish.delayed"
+    RELEASE_MISSED = "release.missed"
+    RELEASE_RESTORED = "release.restored"
+    RELEASE_WITHDRAWN = "release.withdrawn"
+    ROOT_ADOPTED = "root.adopted"
+    TASK_RECOVERED = "task.recovered"
+    TASK_PAUSED = "task.paused"
+    TASK_RESUMED = "task.resumed"
+    TASK_STOPPED = "task.stopped"
+    CERTIFICATE_EXPIRING = "certificate.expiring"
     UPDATE_ACCEPTED = "update.accepted"
     UPDATE_REJECTED = "update.rejected"
     UPDATE_EVICTED = "update.evicted"
@@ -69,6 +80,7 @@ _LEVELS: Mapping[Event, str] = {
     Event.STORAGE_FAILED: "error",
     Event.CERTIFICATE_EXPIRING: "warning",
     Event.DOWNLOAD_STOPPED: "warning",
+    Event.STORAGE_FAILED: "error",
     Event.DATA_MISSED: "warning",
     Event.TRAINER_DIED: "warning",
     Event.TRAINING_FAILED: "error",
@@ -79,6 +91,10 @@ _LEVELS: Mapping[Event, str] = {
     Event.STORAGE_FAILED: "error",
     Event.ROUND_ABANDONED: "warning",
     Event.PUBLISH_REFUSED: "error",
+    Event.PUBLISH_DELAYED: "warning",
+    Event.RELEASE_MISSED: "warning",
+    Event.TASK_RECOVERED: "warning",
+    Event.CERTIFICATE_EXPIRING: "warning",
 }
 
 

@@ -97,6 +97,17 @@ class Root(Wire, frozen=True):
     publishers: Annotated[list[PublisherKey], Meta(max_length=32)]
 
 
+class RootMessage(Wire, frozen=True):
+    """One root record on `fl/root/<version>`, signed by a key of the root before it and by one of its own.
+
+    Both payloads are the same; where the two roots share a key, so may be the signatures.
+    """
+
+    v: Literal[2]
+    before: Signed
+    own: Signed
+
+
 class TensorSpec(Wire, frozen=True):
     """One parameter or buffer; the layout is a list of these, in flat order."""
 

@@ -109,6 +109,13 @@ class Topics:
             raise _bad(topic)
         return Upload(int(shard), device, update, None if part == "head" else int(part))
 
+    def parse_root(self, topic: str) -> int:
+        """The version of the root record that a topic carries."""
+        (version,) = self._below(topic, "root", 1)
+        if not _NUMBER.fullmatch(version):
+            raise _bad(topic)
+        return int(version)
+
     def parse_chunk(self, topic: str) -> tuple[bytes, int]:
         """The sha256 of a blob and the number of the chunk that a topic carries."""
         blob, index = self._below(topic, "blob", 2)

@@ -21,6 +21,7 @@ from shared.messages import (
     ReleaseMessage,
     Role,
     Root,
+    RootMessage,
     RoundOffer,
     Signed,
     TaskManifest,
@@ -37,6 +38,22 @@ def open_root(signed: Signed) -> Root:
     # The keys are inside the record itself: this proves only that the bytes are whole; the pin proves the rest.
     claimed = wire.unpack(signed.payload, Root)
     return signing.verify(signed, Root, Role.ROOT, claimed.root_keys)
+
+
+def next_root(current: Root, message: RootMessage) -> Root:
+    """The root that follows `current`: version one higher, same fleet, signed by a key of each; walked one by one.
+
+    Expiry is for the caller to judge once no newer root is found, so that a device may sleep through several.
+    """
+    if message.before.payload != message.own.payload:
+        raise RemoteProtocolError(Reason.WRONG_DIGEST, "two different roots in one message")
+    found = signing.verify(message.before, Root, Role.ROOT, current.root_keys)
+    open_root(message.own)
+    if found.fleet != current.fleet:
+        raise RemoteProtocolError(Reason.WRONG_TASK, f"a root of the fleet {found.fleet}")
+    if found.version != current.version + 1:
+        raise RemoteProtocolError(Reason.ROLLBACK, f"root {found.version} after {current.version}")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

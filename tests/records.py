@@ -27,6 +27,7 @@ from shared.messages import (
     ReleaseMessage,
     Role,
     Root,
+    RootMessage,
     RoundOffer,
     Sgd,
     Signed,
@@ -87,6 +88,12 @@ class Records:
         """The pinned record."""
         keys = [PublisherKey(signing.public_bytes(self.publisher), int(NOW.utc) + 10**6)]
         return Root(1, "test", 1, int(NOW.utc) + 10**6, [signing.public_bytes(self.root_key)], keys)
+
+    @property
+    def root_message(self) -> RootMessage:
+        """As it is retained."""
+        signed = signing.sign(self.root, Role.ROOT, self.root_key)
+        return RootMessage(2, signed, signed)
 
     @property
     def trust(self) -> Trust:

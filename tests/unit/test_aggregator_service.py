@@ -73,7 +73,8 @@ class Bench:
 
     def connect(self) -> None:
         """The link comes up, and what the broker retains arrives."""
-        self.batch(LinkUp(False, None), self.message(self.topics.device_status("sensor-1"), wire.pack(status())))
+        own = self.message(self.topics.aggregator_status(0), self.service._presence(online=True))
+        self.batch(LinkUp(False, None), own, self.message(self.topics.device_status("sensor-1"), wire.pack(status())))
 
     def restart(self) -> None:
         """As after kill -9: nothing but the folder is left."""

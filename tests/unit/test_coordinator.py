@@ -22,6 +22,7 @@ from shared.messages import (
     BlobRef,
     DeviceStatus,
     FedAvg,
+    Gate,
     OfferState,
     Outcome,
     PlainBody,
@@ -29,6 +30,7 @@ from shared.messages import (
     Release,
     ReleaseMessage,
     RoundOffer,
+    Signed,
     UpdateContext,
     UpdateHead,
 )
@@ -36,6 +38,8 @@ from shared.opset import OPSET_VERSION
 from tests.records import DIMENSION, NOW, Records, key, later, weights
 
 RECORDS = Records()
+UP = (core.LinkReady(), core.RootFound(1, RECORDS.root_message), core.ReadBackDone())
+"""A connection to a broker that keeps our root and nothing else of ours."""
 BODY = PlainBody(examples=40, steps=10, metrics={}, holdout=0)
 
 
@@ -74,7 +78,7 @@ class Bench:
 
     def begin(self, message: ReleaseMessage | None = None, devices: str = "abc") -> list[Effect]:
         """Link, release and live devices: a round is open."""
-        self.tell(core.LinkReady(True), core.ReleaseReceived(message or RECORDS.message()))
+        self.tell(*UP, core.ReleaseReceived(message or RECORDS.message()))
         return self.tell(*(core.StatusReceived(device, status()) for device in devices))
 
     @property
@@ -165,7 +169,7 @@ def refused(bench: Bench, message: ReleaseMessage) -> Reason:
 def test_a_release_enters() -> None:
     """It is stored before it is published."""
     bench = Bench()
-    effects = bench.tell(core.LinkReady(True), core.ReleaseReceived(RECORDS.message()))
+    effects = bench.tell(*UP, core.ReleaseReceived(RECORDS.message()))
     assert [type(each) for each in effects] == [core.AdoptRelease, core.PublishRelease]
 
 
@@ -214,7 +218,7 @@ def test_a_round_opens_when_enough_are_there() -> None:
     bench = Bench()
     bench.tell(core.ReleaseReceived(RECORDS.message()))
     assert bench.tell(*(core.StatusReceived(device, status()) for device in "ab")) == []
-    opened = bench.tell(core.LinkReady(False))
+    opened = bench.tell(*UP)
     assert len(only(opened, core.OpenRound)) == 1
     offer = trust.offer(opened[-1].signed, RECORDS.message().manifest, RECORDS.manifest())  # type: ignore[union-attr]
     assert (offer.state, offer.round, offer.clip) == (OfferState.OPEN, 1, 10.0)
@@ -229,7 +233,10 @@ def test_no_round_opens_after_the_manifest_expired() -> None:
     for device in "abc":
         bench.update(device)
     assert only(bench.reduce(), core.OpenRound) == []
-    assert bench.machine.tasks["points"].phase == "waiting"
+    assert bench.machine.tasks["points"].phase == "finished"
+    # The wall clock was wrong: once it is right again, so is the task.
+    bench.now = Instant(bench.now.mono, NOW.utc)
+    assert only(bench.tell(core.StatusReceived("a", status())), core.OpenRound)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +253,7 @@ def test_who_is_not_eligible(change: dict[str, object]) -> None:
     """Offline, blocked, without the data, with other operators, or unheard of for 13 hours."""
     bench = Bench()
     assert bench.begin(devices="a") == []
-    assert only(bench.tell(core.StatusReceived("b", status(**change))), core.OpenRound) == []
+    assert only(bench.tell(core.StatusReceived("b", status(**change), retained=True)), core.OpenRound) == []
     assert len(only(bench.tell(core.StatusReceived("b", status(session=b"another1"))), core.OpenRound)) == 1
 
 
@@ -255,9 +262,9 @@ def test_a_late_will_does_not_erase_a_newer_birth() -> None:
     bench = Bench()
     bench.begin(devices="ab")
     bench.tell(core.StatusReceived("a", status(online=False, session=b"earlier1")))
-    assert bench.machine.devices["a"].online
+    assert bench.machine.devices["a"].status.online
     bench.tell(core.StatusReceived("a", status(online=False)))
-    assert not bench.machine.devices["a"].online
+    assert not bench.machine.devices["a"].status.online
 
 
 def test_the_goal_closes_the_round() -> None:
@@ -295,7 +302,7 @@ def test_the_deadline_closes_with_the_minimum() -> None:
 
 
 def test_too_few_extend() -> None:
-    """One of two is not enough: the deadline moves, what came is kept, and the late one completes it."""
+    """One of two is not enough: the deadline moves, what came is kept, and the late one closes it at once."""
     bench = Bench()
     bench.begin()
     bench.update("a")
@@ -304,8 +311,7 @@ def test_too_few_extend() -> None:
     trust.continues(bench.offer, first)
     assert bench.offer.deadline > first.deadline
     assert bench.machine.tasks["points"].phase == "starved"
-    bench.update("b")
-    assert only(bench.after(60), core.Reduce)
+    assert only(bench.update("b"), core.Reduce)
 
 
 def test_the_last_round_finishes_the_task() -> None:
@@ -326,7 +332,7 @@ def test_participation_rises_when_the_selected_go_away() -> None:
     """Those who are there now are selected instead, at once, in a re-issue that devices accept."""
     bench = Bench()
     devices = [f"dev-{number}" for number in range(20)]
-    bench.tell(core.LinkReady(True), *(core.StatusReceived(device, status()) for device in devices))
+    bench.tell(*UP, *(core.StatusReceived(device, status()) for device in devices))
     bench.tell(core.ReleaseReceived(RECORDS.message()))
     current = bench.machine.tasks["points"].round
     assert current is not None
@@ -344,7 +350,7 @@ def test_a_selected_device_that_never_delivers_does_not_stop_the_round() -> None
     """It is there and says that it would train: each extension asks more of the others."""
     bench = Bench()
     devices = [f"dev-{number}" for number in range(20)]
-    bench.tell(core.LinkReady(True), *(core.StatusReceived(device, status()) for device in devices))
+    bench.tell(*UP, *(core.StatusReceived(device, status()) for device in devices))
     bench.tell(core.ReleaseReceived(RECORDS.message()))
     current = bench.machine.tasks["points"].round
     assert current is not None
@@ -419,7 +425,7 @@ def test_who_was_not_selected_is_not_opened() -> None:
     """The aggregator computes the selection itself, so a hostile device cannot volunteer."""
     bench = Bench()
     devices = [f"dev-{number}" for number in range(20)]
-    bench.tell(core.LinkReady(True), *(core.StatusReceived(device, status()) for device in devices))
+    bench.tell(*UP, *(core.StatusReceived(device, status()) for device in devices))
     bench.tell(core.ReleaseReceived(RECORDS.message()))
     current = bench.machine.tasks["points"].round
     assert current is not None
@@ -667,8 +673,8 @@ def test_a_restart_finishes_what_was_closing_and_says_everything_again() -> None
         bench.update(device)
     again = Bench()
     again.machine.tasks = bench.machine.tasks
-    effects = again.tell(core.LinkReady(True))
-    assert [type(each) for each in effects] == [core.Reduce, core.PublishRelease, core.PublishOffer]
+    effects = again.tell(*UP)
+    assert [type(each) for each in effects] == [core.PublishRelease, core.PublishOffer, core.Reduce]
 
 
 def test_a_round_whose_key_is_gone_is_given_up() -> None:
@@ -679,9 +685,9 @@ def test_a_round_whose_key_is_gone_is_given_up() -> None:
     again.machine.tasks = bench.machine.tasks
     again.machine.devices = bench.machine.devices
     again.machine.tasks["points"].keyless = True
-    effects = again.tell(core.LinkReady(True))
-    assert [type(each) for each in effects][:2] == [core.ReviseRound, core.AbandonRound]
-    assert isinstance(effects[-1], core.OpenRound)
+    effects = again.tell(*UP)
+    kinds = [type(each) for each in effects]
+    assert kinds == [core.PublishRelease, core.ReviseRound, core.AbandonRound, core.OpenRound]
     assert again.offer.round == 2
 
 
@@ -697,14 +703,6 @@ def test_a_mean_that_makes_no_weights_ends_its_round() -> None:
     assert isinstance(effects[-1], core.FinishTask)
     assert bench.offer.state is OfferState.FINISHED
     assert bench.machine.tasks["points"].release.number == 0
-
-
-def test_a_session_that_the_broker_kept_needs_the_offer_alone() -> None:
-    """A short cut of the link repeats no release to the whole fleet."""
-    bench = Bench()
-    bench.begin()
-    assert [type(each) for each in bench.tell(core.LinkReady(False))] == [core.PublishOffer]
-    assert [type(each) for each in bench.tell(core.LinkReady(True))] == [core.PublishRelease, core.PublishOffer]
 
 
 @pytest.mark.parametrize("spoilt", [False, True])
@@ -730,6 +728,285 @@ def test_reducing_a_round_that_is_not_closing_is_our_bug() -> None:
         bench.tell(core.RoundReduced("points", 1, 1, BlobRef(bytes(32), 1), {}))
 
 
+# -- how rounds end ----------------------------------------------------------------------------------------------
+
+
+def ends(effects: list[Effect]) -> list[tuple[int, str]]:
+    """The rounds that ended, and how."""
+    found = []
+    for each in effects:
+        if isinstance(each, core.StoreRelease):
+            found.append((each.round_number, "released"))
+        if isinstance(each, core.AbandonRound):
+            found.append((each.number, each.how))
+    return found
+
+
+def judged(**changes: object) -> ReleaseMessage:
+    """A task with a gate for accuracy, of two reporters."""
+    gate = Gate(drop=0.2, reporters=2)
+    return RECORDS.message(RECORDS.manifest(**{"metric": "accuracy", "gate": gate, **changes}))
+
+
+def v2(**changes: object) -> DeviceStatus:
+    """A device that has met protocol 2."""
+    return status(v=2, **changes)
+
+
+def run_round(bench: Bench, metrics: dict[str, float], reports: int = 3) -> list[Effect]:
+    """Everybody contributes, and the new weights are made; returns what followed."""
+    for device in "abc":
+        bench.update(device)
+    task = bench.machine.tasks["points"]
+    assert task.closing is not None
+    blob = weights(float(task.closing.number))
+    ref = BlobRef(sha256(blob).digest(), len(blob))
+    return bench.tell(core.RoundReduced("points", task.manifest.version, task.closing.number, ref, metrics, reports))
+
+
+def judged_bench(**changes: object) -> Bench:
+    """A judged task with an open round."""
+    bench = Bench()
+    bench.tell(*UP, core.ReleaseReceived(judged(**changes)))
+    bench.tell(*(core.StatusReceived(device, v2()) for device in "abc"))
+    return bench
+
+
+def test_a_release_that_is_clearly_worse_is_taken_back() -> None:
+    """Its round is spent, its parent's weights come back under the next number, and the next round opens on them."""
+    bench = judged_bench()
+    first = bench.machine.tasks["points"].release
+    run_round(bench, {"accuracy": 0.9})
+    effects = run_round(bench, {"accuracy": 0.5})
+    assert ends(effects) == [(2, "rejected_by_gate")]
+    (restored,) = only(effects, core.RestoreRelease)
+    assert isinstance(restored, core.RestoreRelease)
+    task = bench.machine.tasks["points"]
+    release = RECORDS.trust.release(task.release_signed, task.manifest_signed, task.manifest)
+    assert (release.number, release.weights, release.metrics) == (2, first.weights, {})
+    assert (restored.restores, release.restores) == (0, signing.digest(judged().release))
+    assert (bench.offer.round, bench.offer.release) == (3, signing.digest(task.release_signed))
+    # What was restored has no record to be judged by, and the one after it has again.
+    assert ends(run_round(bench, {"accuracy": 0.1})) == [(3, "released")]
+    assert ends(run_round(bench, {"accuracy": 0.05})) == [(4, "released")]
+
+
+@pytest.mark.parametrize(("metrics", "reports"), [({"accuracy": 0.71}, 3), ({"accuracy": 0.1}, 1), ({}, 3)])
+def test_the_gate_lets_pass(metrics: dict[str, float], reports: int) -> None:
+    """What is not clearly worse, what too few told of, and what nobody told of."""
+    bench = judged_bench()
+    run_round(bench, {"accuracy": 0.9})
+    assert ends(run_round(bench, metrics, reports)) == [(2, "released")]
+
+
+def test_a_task_without_a_gate_is_not_judged() -> None:
+    """The publisher may turn it off."""
+    bench = Bench()
+    bench.begin(RECORDS.message(RECORDS.manifest(metric="accuracy")))
+    run_round(bench, {"accuracy": 0.9})
+    assert ends(run_round(bench, {"accuracy": 0.0})) == [(2, "released")]
+
+
+def test_until_ends_the_task_with_a_release() -> None:
+    """The release is good enough: what was made of its updates goes out, and nothing opens any more."""
+    bench = judged_bench(until=0.9)
+    assert ends(run_round(bench, {"accuracy": 0.89})) == [(1, "released")]
+    effects = run_round(bench, {"accuracy": 0.9})
+    assert ends(effects) == [(2, "released")]
+    assert [each.why for each in effects if isinstance(each, core.FinishTask)] == ["goal"]
+    assert (bench.offer.state, bench.machine.tasks["points"].phase) == (OfferState.FINISHED, "finished")
+    assert bench.tell(core.StatusReceived("d", v2())) == []
+
+
+def test_an_older_device_is_not_waited_for_in_a_newer_task() -> None:
+    """Who does not understand protocol 2 could only starve its rounds."""
+    bench = Bench()
+    bench.tell(*UP, core.ReleaseReceived(judged()))
+    assert bench.tell(*(core.StatusReceived(device, status()) for device in "abc")) == []
+    opened = bench.tell(*(core.StatusReceived(device, v2()) for device in "ab"))
+    assert [each.eligible for each in opened if isinstance(each, core.OpenRound)] == [2]
+
+
+def test_a_release_in_chunks_asks_more_of_devices() -> None:
+    """From the first release on that needs protocol 2, those who have met it are counted, and only those."""
+    bench = Bench()
+    bench.begin()
+    for device in "abc":
+        bench.update(device)
+    ref = BlobRef(bytes(32), 2000, 1024, [bytes(32), bytes(32)])
+    effects = bench.tell(core.RoundReduced("points", 1, 1, ref, {}))
+    assert only(effects, core.OpenRound) == []
+    assert bench.machine.tasks["points"].release.v == 2
+    assert only(bench.tell(*(core.StatusReceived(device, v2()) for device in "ab")), core.OpenRound)
+
+
+def test_a_starved_round_ends_with_its_manifest() -> None:
+    """Extensions end with the manifest's term, and so does the task: it is never open for ever."""
+    bench = Bench()
+    bench.begin(RECORDS.message(RECORDS.manifest(expires=int(NOW.utc) + 100)))
+    assert bench.offer.deadline == int(NOW.utc) + 60
+    bench.after(60)
+    assert bench.offer.deadline == int(NOW.utc) + 100
+    effects = bench.after(40)
+    assert ends(effects) == [(1, "finished")]
+    assert [each.why for each in effects if isinstance(each, core.FinishTask)] == ["expired"]
+    assert bench.offer.state is OfferState.FINISHED
+    assert bench.machine.deadline is None
+
+
+def test_a_round_never_outlives_its_manifest() -> None:
+    """What opens shortly before the end closes with it, with what is in."""
+    bench = Bench()
+    bench.begin(RECORDS.message(RECORDS.manifest(expires=int(NOW.utc) + 10)))
+    assert bench.offer.deadline == int(NOW.utc) + 10
+    bench.update("a")
+    bench.update("b")
+    assert only(bench.after(10), core.Reduce)
+    bench.reduce()
+    assert bench.machine.tasks["points"].phase == "finished"
+
+
+def test_the_wall_clock_moves_no_deadline() -> None:
+    """Set back or forward, a round's time runs on; what devices were promised never gets shorter."""
+    for jump in (-(10**7), 10**4):
+        bench = Bench()
+        bench.begin()
+        due, before = bench.machine.deadline, bench.offer
+        bench.now = Instant(bench.now.mono, bench.now.utc + jump)
+        bench.tell(core.StatusReceived("d", status(sent=0)))
+        assert bench.machine.deadline == due
+        bench.after(60)
+        trust.continues(bench.offer, before)
+        assert ends(bench.effects) == []
+
+
+def test_who_speaks_is_there_whatever_the_clocks_say() -> None:
+    """A device whose clock is years off counts for 13 hours from its word; a retained word counts by its date."""
+    bench = Bench()
+    bench.tell(*UP, core.ReleaseReceived(RECORDS.message()))
+    wrong = status(sent=1000)
+    bench.tell(core.StatusReceived("a", wrong))
+    # A retained word that comes again on a new connection makes it no older.
+    bench.tell(core.StatusReceived("a", wrong, retained=True))
+    task = bench.machine.tasks["points"]
+    assert bench.machine.live(task, bench.now) == {"a"}
+    assert bench.machine.live(task, later(13 * 3600 - 1)) == {"a"}
+    assert bench.machine.live(task, later(13 * 3600)) == set()
+    assert bench.machine.live(task, Instant(NOW.mono, NOW.utc + 10**9)) == {"a"}
+    bench.tell(core.StatusReceived("b", status(sent=int(NOW.utc) - 40_000), retained=True))
+    assert bench.machine.live(task, bench.now) == {"a", "b"}
+    assert bench.machine.live(task, later(13 * 3600 - 40_000)) == {"a"}
+
+
+def test_any_number_of_tasks() -> None:
+    """Fifty at once, each with its own round, and each ends alone."""
+    bench = Bench()
+    names = [f"task-{number}" for number in range(50)]
+    bench.tell(*UP, *(core.StatusReceived(device, status()) for device in "abc"))
+    for name in names:
+        manifest = RECORDS.sign_manifest(RECORDS.manifest(task=name))
+        message = structs.replace(RECORDS.message(), manifest=manifest, release=RECORDS.release(manifest, task=name))
+        assert only(bench.tell(core.ReleaseReceived(message)), core.OpenRound)
+    assert sum(task.round is not None for task in bench.machine.tasks.values()) == 50
+    effects = bench.tell(core.TaskCommand("task-7", "stop", None, None))
+    assert ends(effects) == [(1, "stopped")]
+    assert sum(task.round is not None for task in bench.machine.tasks.values()) == 49
+
+
+# -- the operator ------------------------------------------------------------------------------------------------
+
+
+def command(bench: Bench, verb: core.Verb, target: Signed | None = None) -> tuple[list[Effect], dict[str, object]]:
+    """What a command leads to, and what the operator is told."""
+    effects = bench.tell(core.TaskCommand("points", verb, target, "reply"))
+    answer = effects[-1]
+    assert isinstance(answer, core.Answer) and answer.reply == "reply"
+    return effects[:-1], answer.facts
+
+
+def test_a_paused_task_finishes_its_round_and_opens_no_other() -> None:
+    """Nothing is lost by a pause, and `resume` goes on with the next number."""
+    bench = Bench()
+    bench.begin()
+    effects, facts = command(bench, "pause")
+    assert effects == [core.SetTaskState("points", "paused")]
+    assert facts == {"task": "points", "state": "paused", "phase": "collecting", "release": 0, "round": 1}
+    assert ends(run_round(bench, {})) == [(1, "released")]
+    task = bench.machine.tasks["points"]
+    assert (task.phase, task.round) == ("paused", None)
+    effects, facts = command(bench, "resume")
+    assert [type(each) for each in effects] == [core.SetTaskState, core.OpenRound]
+    assert (facts["state"], bench.offer.round) == ("active", 2)
+
+
+def test_a_stopped_task_ends_its_round() -> None:
+    """Devices are told that it is over; `resume` opens a new one."""
+    bench = Bench()
+    bench.begin()
+    bench.update("a")
+    effects, facts = command(bench, "stop")
+    assert ends(effects) == [(1, "stopped")]
+    assert (bench.offer.state, facts["phase"]) == (OfferState.FINISHED, "stopped")
+    assert "is stopped" in str(command(bench, "pause")[1]["error"])
+    assert bench.tell(core.StatusReceived("d", status())) == []
+    effects, _ = command(bench, "resume")
+    assert [type(each) for each in effects] == [core.SetTaskState, core.OpenRound]
+    assert (bench.offer.round, bench.offer.state) == (2, OfferState.OPEN)
+
+
+def test_a_rollback_is_a_new_release() -> None:
+    """The open round ends, the old weights come back under the next number, and training goes on from them."""
+    bench = Bench()
+    bench.begin()
+    first = bench.machine.tasks["points"].release_signed
+    run_round(bench, {})
+    effects, facts = command(bench, "rollback", first)
+    kinds = [type(each) for each in effects]
+    assert kinds == [core.ReviseRound, core.AbandonRound, core.RestoreRelease, core.PublishRelease, core.OpenRound]
+    assert ends(effects) == [(2, "superseded")]
+    task = bench.machine.tasks["points"]
+    release = RECORDS.trust.release(task.release_signed, task.manifest_signed, task.manifest)
+    assert (release.number, facts["release"], release.restores) == (2, 2, signing.digest(first))
+    assert release.weights == wire.unpack(first.payload, Release).weights
+    assert (bench.offer.round, bench.offer.release) == (3, signing.digest(task.release_signed))
+    assert "is at release 2 already" in str(command(bench, "rollback", task.release_signed)[1]["error"])
+    assert "no such release" in str(command(bench, "rollback", None)[1]["error"])
+
+
+def test_a_paused_task_can_be_rolled_back() -> None:
+    """Its release is restored and no round opens."""
+    bench = Bench()
+    bench.begin()
+    first = bench.machine.tasks["points"].release_signed
+    run_round(bench, {})
+    command(bench, "stop")
+    effects, facts = command(bench, "rollback", first)
+    assert [type(each) for each in effects] == [core.RestoreRelease, core.PublishRelease]
+    assert facts["phase"] == "stopped"
+
+
+def test_a_new_version_starts_a_stopped_task() -> None:
+    """Who publishes wants it trained; a pause stays until it is ended."""
+    for verb, state in (("stop", "active"), ("pause", "paused")):
+        bench = Bench()
+        bench.begin()
+        command(bench, verb)  # type: ignore[arg-type]
+        bench.tell(core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=2))))
+        assert bench.machine.tasks["points"].state == state
+
+
+def test_commands_for_what_is_not_there() -> None:
+    """Unknown tasks, a plan without rounds left and a broker that was not read back yet are told apart."""
+    bench = Bench()
+    (answer,) = bench.tell(core.TaskCommand("other", "pause", None, None))
+    assert isinstance(answer, core.Answer) and "no task other here" in str(answer.facts["error"])
+    bench.begin(RECORDS.message(RECORDS.manifest(rounds=1)))
+    run_round(bench, {})
+    assert "no round left" in str(command(bench, "resume")[1]["error"])
+    bench.machine.ready = False
+    assert "connected" in str(command(bench, "stop")[1]["error"])
+
+
 class Rounds(RuleBasedStateMachine):
     """Whatever devices do in whatever order: one device counts at most once a round, and numbers only rise."""
 
@@ -738,7 +1015,7 @@ class Rounds(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.bench = Bench()
-        self.bench.tell(core.LinkReady(True), core.ReleaseReceived(RECORDS.message(RECORDS.manifest(rounds=1000))))
+        self.bench.tell(*UP, core.ReleaseReceived(RECORDS.message(RECORDS.manifest(rounds=1000))))
         self.counted: dict[int, list[str]] = {}
 
     @rule(device=st.sampled_from(DEVICES), online=st.booleans(), eligible=st.booleans())

@@ -49,6 +49,7 @@ SHELL = {
     "aggregator.cli",
     "aggregator.config",
     "aggregator.distribution",
+    "aggregator.download",
     "aggregator.export",
     "aggregator.journal",
     "aggregator.intake",

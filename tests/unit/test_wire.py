@@ -19,6 +19,7 @@ STATUS = AggregatorStatus(v=1, session=b"12345678", online=True, version="0.1.0"
 KINDS = (
     messages.Signed,
     messages.Root,
+    messages.RootMessage,
     messages.TaskManifest,
     messages.Release,
     messages.RoundOffer,

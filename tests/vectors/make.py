@@ -24,6 +24,7 @@ from shared.messages import (
     Release,
     ReleaseMessage,
     Role,
+    RootMessage,
     RoundOffer,
     Signed,
     TaskManifest,
@@ -112,6 +113,7 @@ VECTORS: dict[str, Callable[[], Wire]] = {
     "v1-receipt": lambda: Receipt(1, b"H" * 32, "points", 7, "sensor-1", Outcome.REJECTED, "norm"),
     "v1-device-status": _status,
     "v1-aggregator-status": lambda: AggregatorStatus(v=1, session=b"12345678", online=True, version="0.1.0"),
+    "v2-root-message": lambda: RootMessage(2, structs.replace(_SIGNED, role=Role.ROOT), _SIGNED),
     "v2-manifest": lambda: _RECORDS.manifest(until=0.95, gate=Gate(drop=0.1, ratio=1.5, reporters=4)),
     "v2-release": _chunked_release,
     "v2-release-message": lambda: ReleaseMessage(

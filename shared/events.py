@@ -18,7 +18,6 @@ class Event(StrEnum):
     LINK_DOWN = "link.down"
     MESSAGE_REFUSED = "message.refused"
     CLOCK_JUMPED = "clock.jumped"
-    STORAGE_FAILED = "storage.failed"
     LIBRARY_SAID = "library.said"
     STORAGE_FAILED = "storage.failed"
     STORAGE_RECOVERED = "storage.recovered"
@@ -62,13 +61,10 @@ class Event(StrEnum):
     TASK_PAUSED = "task.paused"
     TASK_RESUMED = "task.resumed"
     TASK_STOPPED = "task.stopped"
-    CERTIFICATE_EXPIRING = "certificate.expiring"
     UPDATE_ACCEPTED = "update.accepted"
     UPDATE_REJECTED = "update.rejected"
     UPDATE_EVICTED = "update.evicted"
     MESSAGE_QUARANTINED = "message.quarantined"
-    STORAGE_FAILED = "storage.failed"
-    STORAGE_RECOVERED = "storage.recovered"
     RELEASE_PUBLISHED = "release.published"
     TASK_FINISHED = "task.finished"
 
@@ -80,7 +76,6 @@ _LEVELS: Mapping[Event, str] = {
     Event.STORAGE_FAILED: "error",
     Event.CERTIFICATE_EXPIRING: "warning",
     Event.DOWNLOAD_STOPPED: "warning",
-    Event.STORAGE_FAILED: "error",
     Event.DATA_MISSED: "warning",
     Event.TRAINER_DIED: "warning",
     Event.TRAINING_FAILED: "error",
@@ -88,13 +83,11 @@ _LEVELS: Mapping[Event, str] = {
     Event.ROUND_EXTENDED: "warning",
     Event.UPDATE_REJECTED: "warning",
     Event.MESSAGE_QUARANTINED: "error",
-    Event.STORAGE_FAILED: "error",
     Event.ROUND_ABANDONED: "warning",
     Event.PUBLISH_REFUSED: "error",
     Event.PUBLISH_DELAYED: "warning",
     Event.RELEASE_MISSED: "warning",
     Event.TASK_RECOVERED: "warning",
-    Event.CERTIFICATE_EXPIRING: "warning",
 }
 
 

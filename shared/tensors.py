@@ -133,7 +133,9 @@ def _header(view: memoryview, layout: Sequence[TensorSpec]) -> tuple[dict[str, A
         raise RemoteProtocolError(Reason.WEIGHTS_INVALID, f"the header is no JSON: {error}"[:200]) from None
     if not isinstance(entries, dict):
         raise RemoteProtocolError(Reason.WEIGHTS_INVALID, "the header is no object")
-    entries.pop("__metadata__", None)
+    notes = entries.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise RemoteProtocolError(Reason.WEIGHTS_INVALID, "the header's metadata are no texts")
     return entries, view[8 + length :]
 
 

@@ -115,6 +115,14 @@ def test_a_header_that_is_not_the_layout_s_is_refused(header: object, reason: Re
     assert refused(file(header, bytes(8))) == reason
 
 
+@pytest.mark.parametrize("metadata", [None, 1e38, [], {"a": 1}, {"a": None}, "text"])
+def test_metadata_are_text_or_no_safetensors(metadata: object) -> None:
+    """What the safetensors library would not open is not taken either; its own notes do no harm."""
+    tensor = {"a": entry()}
+    assert refused(file(tensor | {"__metadata__": metadata}, bytes(8))) is Reason.WEIGHTS_INVALID
+    assert load(file(tensor | {"__metadata__": {"format": "pt"}}, bytes(8)), PAIR).keys() == {"a"}
+
+
 def test_bytes_left_over_and_overlaps_are_refused() -> None:
     """Every byte of the body belongs to exactly one tensor."""
     two = [*PAIR, TensorSpec("b", "buffer", "float32", [2])]

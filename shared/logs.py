@@ -1,9 +1,10 @@
 """The log: one line an event, written where this process runs. The only module that imports structlog.
 
 Under systemd it speaks the journal's own protocol with indexed fields (`journalctl TASK=digits ROUND=7`), on a terminal
-it is for eyes, elsewhere it is JSON lines on standard error. What Python's own logging says (apscheduler, paho) comes
-the same way. A field is text, a number, a truth value, or a list of these; bytes and foreign objects are never written
-out, only their size or type, so no payload, key or gradient can slip in. Writing never fails and never raises.
+it is for eyes, elsewhere it is JSON lines on standard error. What Python's own logging says (apscheduler, paho) and
+its warnings come the same way. A field is text, a number, a truth value, or a list of these; bytes and foreign objects
+are never written out, only their size or type, so no payload, key or gradient can slip in. Writing never fails and
+never raises.
 """
 
 import array
@@ -80,6 +81,7 @@ def configure(
     root = logging.getLogger()
     root.handlers = [_FromLibraries(logging.WARNING)]
     root.setLevel(logging.WARNING)
+    logging.captureWarnings(True)  # a peer's odd certificate can cause one
 
 
 def clean(fields: Mapping[str, object]) -> dict[str, Any]:

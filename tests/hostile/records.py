@@ -368,10 +368,10 @@ def update(
 # -- malformed bytes ---------------------------------------------------------------------------------------------
 
 
-def flip(data: bytes, at: int) -> bytes:
+def flip(data: bytes, at: int, bit: int = 0x10) -> bytes:
     """`data` with one bit changed in the byte at this index."""
     changed = bytearray(data)
-    changed[at] ^= 0x10
+    changed[at] ^= bit
     return bytes(changed)
 
 

@@ -348,6 +348,16 @@ def was_opened(bad: Update, reason: str) -> bool:
     return reason in OPENED or (reason == "wrong_dimension" and context.dimension == DIMENSION)
 
 
+def test_a_certificate_that_makes_a_library_warn(site: Site) -> None:
+    """A serial number below zero is worth a warning to a library: it is a line of the log like any other."""
+    attack = Attack(site)
+    at = attack.device.certificate.index(b"\xa0\x03\x02\x01\x02\x02") + 7  # behind the version and the length
+    bad = with_certificate(attack, flip(attack.device.certificate, at, 0x80))
+    lines = site.provoke(lambda: site.send(attack.device, bad))
+    told = [(line["event"], line.get("reason")) for line in lines if line["event"] != "library.said"]
+    assert told == [("update.rejected", "bad_certificate")]
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(site: Site, case: str) -> None:
     """What is no update at all gets one line; nothing changes."""

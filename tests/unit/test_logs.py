@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def _as_before() -> Iterator[None]:
     before = root.handlers[:], root.level
     yield
     structlog.reset_defaults()
+    logging.captureWarnings(False)
     root.handlers = before[0]
     root.setLevel(before[1])
 
@@ -231,6 +233,16 @@ def test_libraries_come_the_same_way() -> None:
         ("library.said", "warning", "apscheduler.scheduler", "Run time of job x was missed"),
         ("library.said", "error", "paho", "bad %s"),
     ]
+
+
+def test_warnings_come_the_same_way() -> None:
+    """A certificate can make a library warn, and then a bare line would stand between the log's own."""
+    stream = io.StringIO()
+    configure(form="json", environ={}, identifier="x", stream=stream)
+    warnings.warn_explicit("an odd serial number", UserWarning, "identity.py", 62)
+    (line,) = lines(stream)
+    assert (line["event"], line["level"], line["library"]) == ("library.said", "warning", "py.warnings")
+    assert "an odd serial number" in line["text"]
 
 
 plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.just(object())

@@ -1,6 +1,8 @@
 """The spool: what lies there is believed only as far as it hashes right, and a whole blob is moved, never copied."""
 
 import os
+import tracemalloc
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,20 @@ def test_room_is_looked_for_first(tmp_path: Path) -> None:
         Spool(tmp_path / "part", BLOB, reserve=1 << 60).missing()
     assert caught.value.passing
     assert not (tmp_path / "part").exists()
+
+
+def test_a_chunk_of_any_size_is_hashed_in_pieces(tmp_path: Path) -> None:
+    """Whoever signs a blob of one huge chunk does not choose how much memory a restarted agent takes."""
+    size = 48 << 20
+    digest = sha256(bytes(size)).digest()
+    spool = Spool(tmp_path / "part", BlobRef(digest, size, 2**62, [digest]))
+    assert spool.missing() == [0], "room is needed for what the blob has, not for what a chunk may have"
+    tracemalloc.start()
+    try:
+        assert spool.missing() == [], "the file is of zeros, as the chunk is"
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_disk_that_refuses(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from msgspec import structs
 
 from shared import signing, tensors, wire
 from shared.graph import Constant, Ref, Row
-from shared.messages import ReleaseMessage, Role, Signed, TensorSpec, Use, VerificationKey
+from shared.messages import ReleaseMessage, Role, Signed, TaskManifest, TensorSpec, Use, VerificationKey
+from tests.fuzz.mutate import Map, Raw, read_msgpack, write_msgpack
 from tests.hostile import records
 from tests.hostile.records import LAYOUT, MODEL, Keys, Model, edited, flip, graph_bytes
 
@@ -37,6 +38,29 @@ def numbered(keys: Keys, number: int, role: Role, by: str, **changes: Any) -> Re
     return structs.replace(
         message, release=records.signed_release(message.manifest, "main", number, key, role, **changes)
     )
+
+
+def odd_manifest(keys: Keys, payload: bytes) -> ReleaseMessage:
+    """A release whose manifest the publisher signed, whatever its bytes are."""
+    other = records.sign_bytes(payload, TaskManifest, Role.PUBLISHER, keys.publisher)
+    return structs.replace(good(keys), manifest=other)
+
+
+def endless_graph() -> bytes:
+    """A train graph of a million rows."""
+    row = write_msgpack(["aten.relu.default", [Map([("ref", 1)])], Map()])
+    rows = Raw(b"\xdd" + (1_000_000).to_bytes(4, "big") + row * 1_000_000)
+    tree = read_msgpack(MODEL.train)
+    assert isinstance(tree, Map)
+    return write_msgpack(Map((name, rows if name == "rows" else value) for name, value in tree))
+
+
+def repeated_name() -> bytes:
+    """Weights whose header names a tensor twice."""
+    length = int.from_bytes(MODEL.weights[:8], "little")
+    header = MODEL.weights[8 : 8 + length].strip()
+    text = header[:-1] + b"," + header[1:]
+    return len(text).to_bytes(8, "little") + text + MODEL.weights[8 + length :]
 
 
 def with_graph(train: bytes, keys: Keys, **changes: Any) -> ReleaseMessage:
@@ -99,6 +123,7 @@ BAD: dict[str, tuple[Callable[[Keys], ReleaseMessage | bytes], str]] = {
         lambda k: numbered(k, 0, Role.PUBLISHER, "publisher", manifest=bytes(32)),
         "wrong_manifest",
     ),
+    "manifest_by_a_retired_publisher": (lambda k: signed(k, Role.PUBLISHER, "retired"), "expired"),
     "one_record_as_the_other": (
         lambda k: structs.replace(good(k), manifest=structs.replace(good(k).release)),
         "bad_signature",
@@ -144,6 +169,19 @@ BAD: dict[str, tuple[Callable[[Keys], ReleaseMessage | bytes], str]] = {
         "wrong_type",
     ),
     # the publisher signed it, and still nobody runs it
+    "manifest_is_junk": (lambda k: odd_manifest(k, b"Dear fleet"), "not_msgpack"),
+    "manifest_with_an_unknown_field": (
+        lambda k: odd_manifest(k, edited(wire.pack(records.manifest(k, "main", NEXT)), extra=1)),
+        "wrong_type",
+    ),
+    "manifest_of_the_next_protocol": (
+        lambda k: odd_manifest(k, edited(wire.pack(records.manifest(k, "main", NEXT)), v=3)),
+        "version",
+    ),
+    "manifest_with_a_trailing_byte": (
+        lambda k: odd_manifest(k, wire.pack(records.manifest(k, "main", NEXT)) + b"\0"),
+        "not_msgpack",
+    ),
     "graph_is_no_graph": (lambda k: with_graph(b"import os\n", k), "not_msgpack"),
     "graph_of_another_kind": (lambda k: with_graph(MODEL.eval, k), "graph_invalid"),
     "op_off_the_list": (
@@ -176,6 +214,7 @@ BAD: dict[str, tuple[Callable[[Keys], ReleaseMessage | bytes], str]] = {
         lambda k: with_graph(graph_bytes("train", [Row("aten.relu.default", (Ref(1),))] * 20_001), k),
         "graph_too_large",
     ),
+    "a_million_rows": (lambda k: with_graph(endless_graph(), k), "too_large"),
     "graph_of_another_layout": (
         lambda k: good(k, layout=[TensorSpec("weight", "parameter", "float32", [3, 5])]),
         "graph_layout",
@@ -187,6 +226,7 @@ BAD: dict[str, tuple[Callable[[Keys], ReleaseMessage | bytes], str]] = {
     "weights_of_another_shape": (lambda k: with_weights(odd_weights(shape=[4, 3]), k), "graph_layout"),
     "weights_of_another_dtype": (lambda k: with_weights(odd_weights(dtype="float64"), k), "graph_layout"),
     "weights_are_a_pickle": (lambda k: with_weights(b"\x80\x04}\x94.", k), "weights_invalid"),
+    "weights_with_a_name_twice": (lambda k: with_weights(repeated_name(), k), "weights_invalid"),
     "weights_header_of_2_60_bytes": (lambda k: with_weights((1 << 60).to_bytes(8, "little"), k), "weights_invalid"),
 }
 """What is wrong, and the reason with which the aggregator refuses it."""

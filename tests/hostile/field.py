@@ -49,6 +49,7 @@ class Field:
 
     def __init__(self, fleet: Fleet, more: str = "") -> None:
         self.fleet, self.keys = fleet, records.load_keys(fleet)
+        records.retire(fleet, self.keys)
         config = configuration(fleet, more)
         self.state, self._run = config.parent / "state", config.parent / "run"
         shutil.rmtree(self.state, ignore_errors=True)

@@ -33,10 +33,12 @@ from shared.messages import (
     PlainBody,
     Plan,
     PrivacyNone,
+    PublisherKey,
     Receipt,
     Release,
     ReleaseMessage,
     Role,
+    Root,
     RoundOffer,
     Sgd,
     Signed,
@@ -145,6 +147,8 @@ class Keys:
     """Of nobody."""
     clerk: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
     """A second aggregator's, which every manifest allows receipts and nothing else."""
+    retired: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+    """A publisher's whose time is over; see `retire`."""
 
 
 def load_keys(fleet: Fleet) -> Keys:
@@ -154,6 +158,22 @@ def load_keys(fleet: Fleet) -> Keys:
         identity.load_signing_key(fleet.folder / "aggregator" / "signing.key"),
         identity.load_signing_key(fleet.folder / "root" / "root.key"),
     )
+
+
+def retire(fleet: Fleet, keys: Keys) -> None:
+    """Let the fleet's root record name the retired key too, before anybody pins it."""
+    pinned = fleet.folder / "root" / "root.msgpack"
+    root = wire.unpack(wire.unpack(pinned.read_bytes(), Signed).payload, Root)
+    old = PublisherKey(signing.public_bytes(keys.retired), int(time.time()) - 1)
+    changed = signing.sign(structs.replace(root, publishers=[*root.publishers, old]), Role.ROOT, keys.root)
+    for path in (pinned, fleet.folder / "aggregator" / "root.msgpack"):
+        path.write_bytes(wire.pack(changed))
+
+
+def sign_bytes(payload: bytes, kind: type[signing.Record], role: Role, private: Ed25519PrivateKey) -> Signed:
+    """A good signature over any bytes, as if they were a record of this kind."""
+    sig = private.sign(signing._message(kind, payload))
+    return Signed(v=1, role=role, key=signing.key_id(signing.public_bytes(private)), sig=sig, payload=payload)
 
 
 def manifest(keys: Keys, task: str, version: int = 1, model: Model = MODEL, **changes: Any) -> TaskManifest:

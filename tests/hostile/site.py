@@ -65,6 +65,7 @@ class Site:
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet, self.keys = fleet, records.load_keys(fleet)
+        records.retire(fleet, self.keys)
         self.daemon = Daemon("aggregator", fleet.folder / "aggregator" / "aggregator.toml")
         self._state = fleet.folder / "aggregator" / "state"
         self.operator = Peer(fleet, fleet.operator)

@@ -30,7 +30,7 @@ from shared.selection import draw
 from tests.broker.broker import Fleet, Peer
 from tests.hostile import records
 from tests.hostile.daemon import Daemon, Line, until
-from tests.hostile.records import Device, Update
+from tests.hostile.records import MODEL, Device, Model, Update
 
 FENCE = "zz-fence"
 
@@ -97,10 +97,10 @@ class Site:
         """Put something on models/release as the operator."""
         assert self.operator.publish("models/release", payload, retain) < 128
 
-    def task(self, name: str, version: int = 5, **changes: Any) -> RoundOffer:
+    def task(self, name: str, version: int = 5, model: Model = MODEL, **changes: Any) -> RoundOffer:
         """A task in the fleet, with its first round open."""
-        described = records.manifest(self.keys, name, version, **changes)
-        message = records.release(self.keys, described)
+        described = records.manifest(self.keys, name, version, model, **changes)
+        message = records.release(self.keys, described, model)
         self.manifests[name], self.messages[name] = described, message
         self.publish(wire.pack(message))
         self.daemon.wait("round.opened", task=name, round=1)

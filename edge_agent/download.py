@@ -106,6 +106,13 @@ class FinishSpool:
 
 
 @dataclass(frozen=True, slots=True)
+class DropSpool:
+    """What lies on the disk of a task's release is not wanted any more."""
+
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
 class AskRelease:
     """Have the broker send the retained release of a task once more: it may be a newer one."""
 
@@ -133,7 +140,17 @@ class DownloadStopped:
     retry: float | None
 
 
-Effect = OpenSpool | Subscribe | Unsubscribe | WriteChunk | FinishSpool | AskRelease | DownloadStarted | DownloadStopped
+Effect = (
+    OpenSpool
+    | Subscribe
+    | Unsubscribe
+    | WriteChunk
+    | FinishSpool
+    | DropSpool
+    | AskRelease
+    | DownloadStarted
+    | DownloadStopped
+)
 
 # -- state -------------------------------------------------------------------------------------------------------
 
@@ -226,7 +243,9 @@ class Downloads:
 
     def discard(self, task: str) -> list[Effect]:
         """A task's release is not wanted any more."""
-        return self._remove(task) + self._next()
+        if task not in self._entries:
+            return []
+        return [*self._remove(task), DropSpool(task), *self._next()]
 
     def connected(self, now: float) -> list[Effect]:
         """The broker is there, and knows of no subscription."""

@@ -480,6 +480,8 @@ class Service:
                 yield from self._write_chunk(effect)
             case download.FinishSpool():
                 yield self._finish_spool(effect)
+            case download.DropSpool(task=task):
+                self._store.drop_spool(task)
             case download.AskRelease(task=task):
                 # A new subscription brings what is retained, and is not needed beside the one for all tasks.
                 self._link.subscribe(task_release(task))

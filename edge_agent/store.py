@@ -184,6 +184,12 @@ class Store:
             folder.mkdir(mode=0o700, exist_ok=True)
         spool.finish(folder / blob.hex())
 
+    def drop_spool(self, task: str) -> None:
+        """Give back the room of a download that nobody wants any more."""
+        if self._spool is not None and self._spool.path.name.startswith(f"{task}."):
+            self._spool = None
+        self._discard_spools(task)
+
     def _opened(self, task: str, blob: bytes) -> Spool | None:
         path = self._spools / f"{task}.{blob.hex()}"
         return self._spool if self._spool is not None and self._spool.path == path else None

@@ -322,6 +322,20 @@ def test_one_download_of_a_task(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "spool").iterdir()] == [f"other.{REF.sha256.hex()}"]
 
 
+def test_a_download_that_nobody_wants(tmp_path: Path) -> None:
+    """Its room is given back, and the download of another task goes on."""
+    store = Store(tmp_path)
+    store.open_spool("other", REF)
+    fetched(store, 0, 1)
+    store.drop_spool("other")
+    assert [path.name for path in (tmp_path / "spool").iterdir()] == [f"points.{REF.sha256.hex()}"]
+    store.write_chunk("points", REF.sha256, 2, BLOB[2048:3072])
+    assert store.open_spool("points", REF) == [3, 4]
+    store.drop_spool("points")
+    assert list((tmp_path / "spool").iterdir()) == []
+    store.write_chunk("points", REF.sha256, 3, BLOB[3072:4096])
+
+
 def test_a_chunk_that_cannot_be_written(tmp_path: Path) -> None:
     """The download is over: nothing that comes after it makes a file that looks whole."""
     store = Store(tmp_path)

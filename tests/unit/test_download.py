@@ -18,6 +18,7 @@ from edge_agent.download import (
     Downloads,
     DownloadStarted,
     DownloadStopped,
+    DropSpool,
     FinishSpool,
     OpenSpool,
     SpoolFailed,
@@ -238,6 +239,18 @@ def test_an_older_release_is_refused_while_a_newer_one_comes() -> None:
     assert not bench.machine.wants(coming(number=2))
     bench.after(PATIENCE)
     assert bench.machine.wants(coming(number=1))
+
+
+def test_what_is_not_wanted_leaves_no_file() -> None:
+    """A release that is overtaken by a whole one gives its place on the disk back, once, before the next begins."""
+    bench = Bench()
+    bench.connect()
+    bench.add(coming("points"))
+    bench.add(coming("other", 2))
+    effects = bench.run(bench.machine.discard("points"))
+    drop, after = effects.index(DropSpool("points")), [type(each) for each in effects]
+    assert drop < after.index(OpenSpool)
+    assert bench.run(bench.machine.discard("points")) == []
 
 
 def test_one_at_a_time() -> None:

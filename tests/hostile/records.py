@@ -395,16 +395,26 @@ def flip(data: bytes, at: int, bit: int = 0x10) -> bytes:
     return bytes(changed)
 
 
+def builtins(data: bytes) -> dict[str, Any]:
+    """A packed message as plain values."""
+    found: dict[str, Any] = msgpack.unpackb(data)
+    return found
+
+
+def packed(plain: object) -> bytes:
+    """Plain values as a message, however wrong."""
+    data: bytes = msgpack.packb(plain)
+    return data
+
+
 def edited(data: bytes, **fields: object) -> bytes:
     """A packed message with some of its fields replaced or added, however wrong."""
-    packed: bytes = msgpack.packb({**msgpack.unpackb(data), **fields})
-    return packed
+    return packed({**builtins(data), **fields})
 
 
 def without(data: bytes, name: str) -> bytes:
     """A packed message that lacks a field."""
-    packed: bytes = msgpack.packb({key: value for key, value in msgpack.unpackb(data).items() if key != name})
-    return packed
+    return packed({key: value for key, value in builtins(data).items() if key != name})
 
 
 def random_bytes(size: int = 1 << 20) -> bytes:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 Line = dict[str, Any]
 T = TypeVar("T")
@@ -30,6 +30,25 @@ def until(found: Callable[[], T | None], what: str, seconds: float = PATIENCE) -
         time.sleep(0.005)
 
 
+def memory(pid: int, what: Literal["VmHWM", "VmRSS"]) -> int:
+    """The most resident memory that a process has had so far, or what it has now, in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the kernel does not say")
+
+
+class Child(Protocol):
+    """What a daemon needs to know of its process: a subprocess.Popen."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, number: int, /) -> None: ...
+    def kill(self) -> None: ...
+
+
 class Daemon:
     """`aggregator run` or `edge-agent run` with its log in a file beside the configuration.
 
@@ -39,7 +58,7 @@ class Daemon:
     def __init__(self, package: Literal["aggregator", "edge_agent"], config: Path) -> None:
         self.log = config.with_suffix(".log")
         self._command = [*LEASH, sys.executable, "-m", f"{package}.cli", "run", "--config", str(config)]
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._offset, self._rest = 0, b""
         self.lines: list[Line] = []
 
@@ -113,10 +132,7 @@ class Daemon:
 
     def peak(self) -> int:
         """The most memory that it has had so far, in bytes."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        raise AssertionError("the kernel does not say")
+        return memory(self.pid, "VmHWM")
 
     def _tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])

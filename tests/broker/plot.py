@@ -1,0 +1,195 @@
+"""A fleet of light devices: real broker, real aggregator, real agents; only what they would learn is made up.
+
+Device i contributes the unit vector e_i (tests/broker/light_trainer.py), so after any crash each cell of a round's sum
+tells how often its device was counted.
+"""
+
+import shutil
+import sqlite3
+import sys
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared import tensors, wire
+from shared.messages import FedAvg, Plan, TensorSpec
+from tests.broker.broker import Fleet, Peer
+from tests.broker.nursery import ROOT, Forked, Nursery
+from tests.hostile import records
+from tests.hostile.daemon import Daemon, until
+from tests.hostile.field import POLICY
+from tests.hostile.records import Model
+
+TASK = "main"
+Sum = npt.NDArray[np.float64]
+
+
+def note(text: str) -> None:
+    """A figure or a seed, for whoever reads what the tests say (`-s`, or when one fails)."""
+    print(f"\n{text}")  # noqa: T201
+
+
+def layout(cells: int) -> list[TensorSpec]:
+    """A linear layer of four inputs with at least so many weights."""
+    return [TensorSpec("weight", "parameter", "float32", [-(-cells // 4), 4])]
+
+
+def model(cells: int) -> Model:
+    """That layer, all zero."""
+    of = layout(cells)
+    return Model(
+        records.graph_bytes("train", layout=of), records.graph_bytes("eval", layout=of), records.weights(0.0, of)
+    )
+
+
+class Light:
+    """One device: an agent with its folder, and the cell that is its to fill.
+
+    With a nursery it is forked there. `port` is where it believes the broker to be: a relay's, for instance.
+    """
+
+    def __init__(
+        self, fleet: Fleet, cell: int, nursery: Nursery | None = None, *, port: int | None = None, more: str = ""
+    ) -> None:
+        self.name, self.cell = f"light-{cell:02}", cell
+        self.folder = fleet.bundle(self.name)
+        self.state = self.folder / "state"
+        shutil.rmtree(self.state, ignore_errors=True)
+        self._write(port or fleet.port, more)
+        config = self.folder / "agent.toml"
+        self.daemon = Daemon("edge_agent", config) if nursery is None else Forked(nursery, config)
+        self.daemon.log.write_bytes(b"")
+
+    def _write(self, port: int, more: str) -> None:
+        trainer, data = self.folder / "trainer", self.folder / "cell.csv"
+        trainer.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -P -m tests.broker.light_trainer\n')
+        trainer.chmod(0o700)
+        data.write_text(str(self.cell))
+        (self.folder / "agent.toml").write_text(
+            f'[broker]\nhost = "localhost"\nport = {port}\n\n'
+            f'[device]\nstate_dir = "{self.state}"\nrun_dir = "{self.folder}/run"\n\n'
+            f'[trainer]\npython = "{trainer}"\n\n[data.d]\npath = "{data}"\n{POLICY}\n{more}'
+        )
+
+    def accepted(self) -> set[int]:
+        """The rounds for which it read a receipt that says so."""
+        return {
+            line["round"]
+            for line in self.daemon.read()
+            if line["event"] == "update.answered" and line["outcome"] == "accepted"
+        }
+
+
+class Plot:
+    """The fleet's aggregator and its light devices, none of them started yet; all end with it."""
+
+    def __init__(self, fleet: Fleet, count: int, nursery: Nursery | None = None, *, cells: int = 0) -> None:
+        self.fleet, self.keys = fleet, records.load_keys(fleet)
+        home = fleet.folder / "aggregator"
+        self.state = home / "state"
+        shutil.rmtree(self.state, ignore_errors=True)
+        self.aggregator = Daemon("aggregator", home / "aggregator.toml")
+        self.aggregator.log.write_bytes(b"")
+        self.devices = [Light(fleet, cell, nursery) for cell in range(count)]
+        self.cells = max(cells, count)
+        self._weights: dict[int, Sum] = {}
+
+    def __enter__(self) -> "Plot":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for daemon in self.daemons:
+            daemon.kill()
+
+    @property
+    def daemons(self) -> list[Daemon]:
+        """The aggregator first."""
+        return [self.aggregator, *(device.daemon for device in self.devices)]
+
+    def publish(self, plan: Plan, **changes: Any) -> None:
+        """Release 0 of the one task, of all zeros, in which each update weighs the same."""
+        of = model(self.cells)
+        changes = {"plan": plan, "layout": layout(self.cells), "algorithm": FedAvg(weights="uniform"), **changes}
+        message = records.release(self.keys, records.manifest(self.keys, TASK, 1, of, **changes), of)
+        with Peer(self.fleet, self.fleet.operator) as operator:
+            assert operator.publish("models/release", wire.pack(message), retain=True) < 128
+
+    # -- seeing --
+
+    def query(self, text: str) -> list[Any]:
+        """What the aggregator's database says."""
+        with sqlite3.connect(f"file:{self.state}/aggregator.db?mode=ro", uri=True) as database:
+            return database.execute(text).fetchall()
+
+    def look(self) -> int:
+        """Keep the newest release's weights, which are gone some rounds later; returns its number."""
+        ((number, blob),) = self.query("SELECT number, weights FROM releases ORDER BY number DESC LIMIT 1")
+        if number not in self._weights:
+            path = self.state / "blobs" / blob.hex()
+            try:
+                found = tensors.load(path.read_bytes(), layout(self.cells))
+            except FileNotFoundError:
+                return int(number)  # a newer one has come in this moment
+            self._weights[number] = found["weight"].ravel().astype(np.float64)
+        return int(number)
+
+    def released(self, number: int, seconds: float) -> int:
+        """Wait for a release of at least this number; every daemon must live meanwhile."""
+
+        def found() -> int | None:
+            newest = self.look()
+            self.check_alive()
+            return newest if newest >= number else None
+
+        return until(found, f"release {number}", seconds)
+
+    def check_alive(self) -> None:
+        """AssertionError, with the end of its log, if a daemon has died."""
+        for daemon in self.daemons:
+            assert daemon.pid
+
+    def audit(self) -> "Audit":
+        """Compare weights, rows and receipts; AssertionError where they do not tell the same story."""
+        return Audit(self)
+
+
+class Audit:
+    """What the rounds that were released say.
+
+    Every release that was seen is its predecessor plus the mean of exactly its rows; a row stands for one device; every
+    `accepted` that a device has read is a row. A cell counted twice or lost shows as a wrong sum.
+    """
+
+    def __init__(self, plot: Plot) -> None:
+        rounds = plot.query("SELECT round FROM rounds WHERE state = 'released' ORDER BY round")
+        rows: dict[int, set[int]] = defaultdict(set)
+        for origin, collected, name, outcome in plot.query(
+            "SELECT origin_round, collected_in, device, outcome FROM contributions"
+        ):
+            if outcome == "accepted":
+                assert origin == collected
+                cell = int(name.removeprefix("light-"))
+                assert cell not in rows[origin], f"{name} twice in round {origin}"
+                rows[origin].add(cell)
+        self.rounds = [number for (number,) in rounds]
+        self.updates = sum(len(rows[number]) for number in self.rounds)
+        seen = sorted(plot._weights)
+        assert seen[-1] == len(self.rounds), "a release for each round that was released, and the last one seen"
+        self.seen = len(seen)
+        expected = np.zeros_like(plot._weights[seen[0]])
+        sums = [expected]
+        for number in self.rounds:
+            mean = np.zeros_like(expected)
+            mean[list(rows[number])] = 1.0 / len(rows[number])
+            sums.append(sums[-1] + mean)
+        for release in seen:
+            wrong = np.flatnonzero(np.abs(plot._weights[release] - sums[release]) > 1e-4)
+            assert not len(wrong), f"release {release} is wrong in cells {wrong.tolist()}"
+        self.receipts = 0
+        for device in plot.devices:
+            answered = device.accepted()
+            lost = [number for number in answered if device.cell not in rows[number]]
+            assert not lost, f"{device.name} was told `accepted` for rounds {lost}, which do not know it"
+            self.receipts += len(answered)

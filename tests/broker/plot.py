@@ -14,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shared import tensors, wire
-from shared.messages import FedAvg, Plan, TensorSpec
+from shared.messages import FedAvg, Plan
 from tests.broker.broker import Fleet, Peer
 from tests.broker.nursery import ROOT, Forked, Nursery
 from tests.hostile import records
 from tests.hostile.daemon import Daemon, until
 from tests.hostile.field import POLICY
-from tests.hostile.records import Model
 
 TASK = "main"
 Sum = npt.NDArray[np.float64]
@@ -31,47 +30,35 @@ def note(text: str) -> None:
     print(f"\n{text}")  # noqa: T201
 
 
-def layout(cells: int) -> list[TensorSpec]:
-    """A linear layer of four inputs with at least so many weights."""
-    return [TensorSpec("weight", "parameter", "float32", [-(-cells // 4), 4])]
-
-
-def model(cells: int) -> Model:
-    """That layer, all zero."""
-    of = layout(cells)
-    return Model(
-        records.graph_bytes("train", layout=of), records.graph_bytes("eval", layout=of), records.weights(0.0, of)
-    )
-
-
 class Light:
-    """One device: an agent with its folder, and the cell that is its to fill.
+    """One device: an agent with its folder, and the cell that is its to fill. With a nursery it is forked there."""
 
-    With a nursery it is forked there. `port` is where it believes the broker to be: a relay's, for instance.
-    """
-
-    def __init__(
-        self, fleet: Fleet, cell: int, nursery: Nursery | None = None, *, port: int | None = None, more: str = ""
-    ) -> None:
+    def __init__(self, fleet: Fleet, cell: int, nursery: Nursery | None = None) -> None:
+        self._keepalive = 60
         self.name, self.cell = f"light-{cell:02}", cell
         self.folder = fleet.bundle(self.name)
         self.state = self.folder / "state"
         shutil.rmtree(self.state, ignore_errors=True)
-        self._write(port or fleet.port, more)
+        self._write(fleet.port)
         config = self.folder / "agent.toml"
         self.daemon = Daemon("edge_agent", config) if nursery is None else Forked(nursery, config)
         self.daemon.log.write_bytes(b"")
 
-    def _write(self, port: int, more: str) -> None:
+    def _write(self, port: int) -> None:
         trainer, data = self.folder / "trainer", self.folder / "cell.csv"
         trainer.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -P -m tests.broker.light_trainer\n')
         trainer.chmod(0o700)
         data.write_text(str(self.cell))
         (self.folder / "agent.toml").write_text(
-            f'[broker]\nhost = "localhost"\nport = {port}\n\n'
+            f'[broker]\nhost = "localhost"\nport = {port}\nkeepalive = {self._keepalive}\n\n'
             f'[device]\nstate_dir = "{self.state}"\nrun_dir = "{self.folder}/run"\n\n'
-            f'[trainer]\npython = "{trainer}"\n\n[data.d]\npath = "{data}"\n{POLICY}\n{more}'
+            f'[trainer]\npython = "{trainer}"\n\n[data.d]\npath = "{data}"\n{POLICY}'
         )
+
+    def reach(self, port: int, keepalive: int = 60) -> None:
+        """Let it believe the broker to be at this port, a relay's for instance, from its next start on."""
+        self._keepalive = keepalive
+        self._write(port)
 
     def accepted(self) -> set[int]:
         """The rounds for which it read a receipt that says so."""
@@ -86,6 +73,7 @@ class Plot:
     """The fleet's aggregator and its light devices, none of them started yet; all end with it."""
 
     def __init__(self, fleet: Fleet, count: int, nursery: Nursery | None = None, *, cells: int = 0) -> None:
+        """`cells`: values of the model, at least one for each device."""
         self.fleet, self.keys = fleet, records.load_keys(fleet)
         home = fleet.folder / "aggregator"
         self.state = home / "state"
@@ -93,7 +81,7 @@ class Plot:
         self.aggregator = Daemon("aggregator", home / "aggregator.toml")
         self.aggregator.log.write_bytes(b"")
         self.devices = [Light(fleet, cell, nursery) for cell in range(count)]
-        self.cells = max(cells, count)
+        self.width = -(-max(cells, count) // 3)
         self._weights: dict[int, Sum] = {}
 
     def __enter__(self) -> "Plot":
@@ -110,8 +98,8 @@ class Plot:
 
     def publish(self, plan: Plan, **changes: Any) -> None:
         """Release 0 of the one task, of all zeros, in which each update weighs the same."""
-        of = model(self.cells)
-        changes = {"plan": plan, "layout": layout(self.cells), "algorithm": FedAvg(weights="uniform"), **changes}
+        of, uniform = records.wide(self.width), FedAvg(weights="uniform")
+        changes = {"plan": plan, "algorithm": uniform, **records.of_width(self.width), **changes}
         message = records.release(self.keys, records.manifest(self.keys, TASK, 1, of, **changes), of)
         with Peer(self.fleet, self.fleet.operator) as operator:
             assert operator.publish("models/release", wire.pack(message), retain=True) < 128
@@ -129,7 +117,7 @@ class Plot:
         if number not in self._weights:
             path = self.state / "blobs" / blob.hex()
             try:
-                found = tensors.load(path.read_bytes(), layout(self.cells))
+                found = tensors.load(path.read_bytes(), records.layout_of(self.width))
             except FileNotFoundError:
                 return int(number)  # a newer one has come in this moment
             self._weights[number] = found["weight"].ravel().astype(np.float64)

@@ -1,6 +1,8 @@
 """A device behind a bad link: a large model arrives all the same, nobody else notices, and a dead line is survived."""
 
 import hashlib
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -10,9 +12,9 @@ import numpy as np
 import pytest
 
 from shared import chunks, signing, tensors, wire
-from shared.messages import BlobRef, Graphs, ReleaseMessage, Role
+from shared.messages import BlobRef, Graphs, Plan, ReleaseMessage, Role
 from tests.broker.broker import Fleet, Peer
-from tests.broker.plot import TASK, Light, note
+from tests.broker.plot import TASK, Light, Plot, note
 from tests.broker.relay import Relay
 from tests.hostile import records
 from tests.hostile.daemon import memory, until
@@ -115,3 +117,40 @@ def test_a_large_model_over_a_link_that_is_cut(fleet: Fleet) -> None:
     assert moved <= 1.05 * blob.size
     assert peak - before < 24 << 20
     assert max(heart.beats) < 0.5 + calm
+
+
+@pytest.mark.timeout(600)
+def test_a_device_that_stops_reading(fleet: Fleet) -> None:
+    """It is frozen in the middle of rounds: they go on, the broker lets it go, and thawed it takes part again."""
+    fleet.fresh_broker()
+    plan = Plan(goal=2, min_updates=2, rounds=1_000_000, deadline=3600, start_jitter=1, over_select=100.0)
+    with Plot(fleet, 4) as plot:
+        frozen = plot.devices[0]
+        frozen.reach(fleet.port, keepalive=5)
+        for daemon in plot.daemons:
+            daemon.start()
+        plot.publish(plan)
+        until(lambda: frozen.accepted() or None, "a receipt", PATIENCE)
+        since = len(frozen.daemon.read())
+        os.kill(frozen.daemon.pid, signal.SIGSTOP)
+        try:
+            log, before = fleet.broker.log, plot.look()
+            begun = log.stat().st_size
+            gone = f"Client {frozen.name} has exceeded timeout".encode()
+
+            def left() -> bool | None:
+                plot.released(plot.look() + 1, PATIENCE)
+                return gone in log.read_bytes()[begun:] or None
+
+            until(left, "the broker's word", PATIENCE)
+            assert plot.look() > before
+        finally:
+            os.kill(frozen.daemon.pid, signal.SIGCONT)
+        answered = frozen.accepted()
+        frozen.daemon.wait("link.up", since)
+        until(lambda: frozen.accepted() > answered or None, "another receipt", PATIENCE)
+        for daemon in plot.daemons:
+            assert daemon.stop() == 0
+        plot.look()
+        audit = plot.audit()
+        assert audit.updates == 2 * len(audit.rounds) and audit.receipts > 2

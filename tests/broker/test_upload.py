@@ -1,5 +1,6 @@
-"""kill -9 in the middle of an upload of 20 MB: it ends well, the update counts once, and bytes are not wasted."""
+"""kill -9 or a dead line in the middle of an upload of 20 MB: it ends well, counts once, and wastes few bytes."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,8 @@ CELLS, SIZE = 5_000_000, 20_000_000
 PLAN = Plan(goal=2, min_updates=2, rounds=1, deadline=3600, over_select=100.0)
 RATE = 4e6
 """Bytes a second on the device's link, so that there is a middle."""
+KEEPALIVE = 5
+"""Seconds."""
 PATIENCE = 240.0
 UNDER_WAY = 20 * CHUNK_SIZE
 """Bytes that may have been sent and not have arrived when a device dies: what the broker has not acknowledged."""
@@ -32,7 +35,7 @@ def plot(fleet: Fleet, relay: Relay) -> Iterator[Plot]:
     """Two devices, of which the first has sent half of its update."""
     fleet.fresh_broker()
     with Plot(fleet, 2, cells=CELLS) as made:
-        made.devices[0].reach(relay.port)
+        made.devices[0].reach(relay.port, KEEPALIVE)
         for daemon in made.daemons:
             daemon.start()
         for daemon in made.daemons:
@@ -96,4 +99,20 @@ def test_the_broker(plot: Plot, relay: Relay) -> None:
     plot.fleet.broker.start()
     ends_well(plot)
     note(f"killed after {first:,} bytes up, then {relay.moved['up'] - first:,} more of {SIZE:,}")
+    assert relay.moved["up"] < SIZE + 64 * CHUNK_SIZE
+
+
+@pytest.mark.timeout(900)
+def test_the_line(plot: Plot, relay: Relay) -> None:
+    """Half-open: nobody is told, so both ends find out by the keep-alive; alive again, the line carries the rest."""
+    device = plot.devices[0].daemon
+    since = len(device.read())
+    relay.swallow()
+    first, began = relay.moved["up"], time.monotonic()
+    until(lambda: any(line["event"] == "link.down" for line in device.read()[since:]) or None, "a word", PATIENCE)
+    seconds = time.monotonic() - began
+    relay.swallow(False)
+    ends_well(plot)
+    note(f"noticed after {seconds:.1f} s at {first:,} bytes up, then {relay.moved['up'] - first:,} more of {SIZE:,}")
+    assert seconds >= KEEPALIVE / 2
     assert relay.moved["up"] < SIZE + 64 * CHUNK_SIZE

@@ -104,6 +104,13 @@ class Plot:
         with Peer(self.fleet, self.fleet.operator) as operator:
             assert operator.publish("models/release", wire.pack(message), retain=True) < 128
 
+    def end(self) -> None:
+        """Stop everybody, in order, and keep the last weights."""
+        for daemon in self.daemons:
+            daemon.stop()
+            assert daemon.read()[-1]["event"] == "daemon.stopped"
+        self.look()
+
     # -- seeing --
 
     def query(self, text: str) -> list[Any]:
@@ -112,8 +119,11 @@ class Plot:
             return database.execute(text).fetchall()
 
     def look(self) -> int:
-        """Keep the newest release's weights, which are gone some rounds later; returns its number."""
-        ((number, blob),) = self.query("SELECT number, weights FROM releases ORDER BY number DESC LIMIT 1")
+        """Keep the newest release's weights, which are gone some rounds later; returns its number, or -1."""
+        newest = self.query("SELECT number, weights FROM releases ORDER BY number DESC LIMIT 1")
+        if not newest:
+            return -1
+        ((number, blob),) = newest
         if number not in self._weights:
             path = self.state / "blobs" / blob.hex()
             try:
@@ -124,7 +134,7 @@ class Plot:
         return int(number)
 
     def released(self, number: int, seconds: float) -> int:
-        """Wait for a release of at least this number; every daemon must live meanwhile."""
+        """Wait for a release of at least this number; no daemon may die meanwhile."""
 
         def found() -> int | None:
             newest = self.look()
@@ -136,7 +146,7 @@ class Plot:
     def check_alive(self) -> None:
         """AssertionError, with the end of its log, if a daemon has died."""
         for daemon in self.daemons:
-            assert daemon.pid
+            daemon.check()
 
     def audit(self) -> "Audit":
         """Compare weights, rows and receipts; AssertionError where they do not tell the same story."""

@@ -156,10 +156,7 @@ def weather(plot: Plot, kills: int) -> None:
     over = time.monotonic()
     number = plot.released(plot.look() + 2, PATIENCE)
     grown = max(memory(daemon.pid, "VmRSS") - size for daemon, size in zip(watched, before, strict=True))
-    for daemon in plot.daemons:
-        daemon.stop()
-        until(lambda daemon=daemon: daemon.read()[-1]["event"] == "daemon.stopped" or None, "an orderly end")  # type: ignore[misc]
-    plot.look()
+    plot.end()
     audit = plot.audit()
     peaks = {kind: peak // MEGABYTE for kind, peak in storm.peaks.items()}
     note(

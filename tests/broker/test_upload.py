@@ -46,9 +46,7 @@ def plot(fleet: Fleet, relay: Relay) -> Iterator[Plot]:
         before = relay.moved["up"]
         until(lambda: relay.moved["up"] - before > SIZE // 2 or None, "half of an upload", PATIENCE)
         yield made
-        for daemon in made.daemons:
-            assert daemon.stop() == 0
-            daemon.read()
+        made.end()
 
 
 def trainings(device: Light) -> int:

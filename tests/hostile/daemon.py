@@ -68,6 +68,10 @@ class Daemon:
         assert self._child is not None and self._child.poll() is None, f"the daemon has died:\n{self._tail()}"
         return self._child.pid
 
+    def check(self) -> None:
+        """AssertionError if it has ended and nobody killed it."""
+        assert self._child is None or self.pid
+
     def start(self) -> None:
         """Start it; what it logs before the broker answers is there soon."""
         with self.log.open("ab") as log:
@@ -93,6 +97,7 @@ class Daemon:
         if self._child is not None:
             self._child.kill()
             self._child.wait()
+            self._child = None
 
     def __enter__(self) -> Self:
         return self

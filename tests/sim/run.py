@@ -26,13 +26,14 @@ Same seed, same schedule: PYTHONHASHSEED is part of it and is set to 0 here.
 """
 
 import argparse
+import collections
+import itertools
 import os
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,18 @@ from typing import Any
 import numpy as np
 
 from aggregator import ca
-from shared import identity, signing, tensors, wire
-from shared.messages import FedAvg, Plan, Release, Signed, TaskManifest
+from shared import chunks, identity, signing, tensors, wire
+from shared.messages import FedAvg, Graphs, Plan, Release, ReleaseMessage, Role, Signed, TaskManifest
+from shared.topics import Topics
 from tests.hostile import records
 from tests.sim.nodes import Aggregator, Device, Program, clean, virtual
 from tests.sim.world import EPOCH, Broker, Faults, World
 
 TASK = "points"
-WIDTH = 400
-"""Inputs of the model: 1,200 values, so that weights and updates need several chunks."""
+WIDTH = 1000
+"""Inputs of the model: 3,000 values, so that weights and updates need several chunks."""
+CHUNK = 1024
+"""Bytes of the publisher's chunks: as many as the broker's packets hold."""
 DEVICES_MAX = 6
 DAYS = 8
 """Virtual days after the last fault within which everything must have come to its end."""
@@ -94,12 +98,12 @@ class Schedule:
     """Virtual seconds of faults."""
     versions: dict[int, TaskManifest] = field(default_factory=dict)
 
-    def run(self) -> dict[str, object]:
+    def run(self) -> dict[str, int]:
         """All of it; Broken if a promise was. Returns what was seen."""
         dice = self.world.dice
-        self.trouble = dice.choice((0.0, 600.0, 5_000.0, 40_000.0))
+        self.trouble = dice.choice((0.0, 300.0, 1_500.0, 6_000.0))
         faults = Faults(
-            cut=dice.choice((0.0, 0.001, 0.01, 0.03)),
+            cut=dice.choice((0.0, 0.001, 0.004)),
             twice=dice.choice((0.0, 0.0, 0.2)),
             reorder=dice.random() < 0.3,
             delay=dice.choice((0.01, 0.05, 1.0)),
@@ -152,21 +156,39 @@ class Schedule:
         )
         self.versions[version] = described
         self.world.say(f"operator publishes version {version}: {plan}")
-        self._insist(version, wire.pack(records.release(self.fleet.keys, described, model)))
+        keys = self.fleet.keys
+        blob = chunks.describe(model.weights, CHUNK)
+        signed = signing.sign(described, Role.PUBLISHER, keys.publisher)
+        release = records.signed_release(signed, TASK, by=keys.publisher, model=model, v=2, weights=blob)
+        graphs = Graphs(train=model.train, eval=model.eval)
+        messages = [
+            (
+                "models/release",
+                wire.pack(ReleaseMessage(v=1, manifest=signed, release=release, graphs=graphs, weights=model.weights)),
+            )
+        ]
+        if dice.random() < 0.5:
+            pieces = enumerate(chunks.pieces(model.weights, CHUNK))
+            messages = [(Topics().chunk(blob.sha256.hex(), index), bytes(piece)) for index, piece in pieces]
+            messages.append(
+                ("models/release", wire.pack(ReleaseMessage(v=2, manifest=signed, release=release, graphs=graphs)))
+            )
+        self._insist(version, messages)
 
-    def _insist(self, version: int, payload: bytes) -> None:
+    def _insist(self, version: int, messages: list[tuple[str, bytes]]) -> None:
         """Publish as a person does, who looks whether the aggregator took it, and else does it again."""
         service = self.aggregator.service
         task = None if service is None else service._coordinator.tasks.get(TASK)
         if task is not None and task.manifest.version >= version:
             return
         if self.broker.up:
-            self.broker.publish("_operator", 0, "models/release", payload, 1, retain=True)
-        self.world.at(600.0, lambda: self._insist(version, payload))
+            for topic, payload in messages:
+                self.broker.publish("_operator", 0, topic, payload, 1, retain=True)
+        self.world.at(600.0, lambda: self._insist(version, messages))
 
     def _plan_faults(self) -> None:
         dice, world = self.world.dice, self.world
-        rate = dice.choice((0.0, 1 / 2000.0, 1 / 300.0, 1 / 100.0))
+        rate = dice.choice((0.0, 1 / 1000.0, 1 / 200.0, 1 / 50.0))
         weights = [dice.choice((0.0, 1.0, 1.0, 3.0)) for _ in range(6)]
         if not rate or not any(weights):
             return
@@ -257,7 +279,7 @@ class Schedule:
         tasks = {} if service is None else {n: (t.phase, t.last_round) for n, t in service._coordinator.tasks.items()}
         return f"aggregator {'down' if service is None else tasks}, broker {'up' if self.broker.up else 'down'}"
 
-    def _judge(self) -> dict[str, object]:
+    def _judge(self) -> dict[str, int]:
         service = self.aggregator.service
         with sqlite3.connect(self.aggregator.config.database) as database:
             database.row_factory = sqlite3.Row
@@ -279,7 +301,7 @@ class Schedule:
                 each["number"]: tensors.flatten(layout, tensors.load(self._weights(each["weights"]), layout))
                 for each in chain
             }
-            before = {later["number"]: earlier["number"] for earlier, later in zip(chain, chain[1:], strict=False)}
+            before = {later["number"]: earlier["number"] for earlier, later in itertools.pairwise(chain)}
             for release, round_ in zip(steps, made, strict=True):
                 number = round_["round"]
                 step = flat[release["number"]] - flat[before[release["number"]]]
@@ -304,7 +326,7 @@ class Schedule:
             "rounds": len(rounds),
             "accepted": accepted,
             "crashes": sum(program.crashes for program in self.programs),
-            "ends": sorted(each["state"] for each in rounds),
+            **collections.Counter(f"ended {each['state']}" for each in rounds),
         }
 
     def _weights(self, name: bytes) -> bytes:
@@ -336,19 +358,25 @@ def _release(row: Any) -> Signed:
     return wire.unpack(row["signed"], Signed)
 
 
-def run(seed: int, fleet: Fleet, trace: Any = None) -> dict[str, object]:
+def run(seed: int, fleet: Fleet, trace: Any = None) -> dict[str, int]:
     """One schedule; raises what went wrong."""
     world = World(seed, trace)
     folder = Path(tempfile.mkdtemp(prefix=f"sim-{seed}-", dir=fleet.folder.parent))
     schedule = Schedule(world, fleet, folder)
     try:
-        with virtual(world, quiet=trace is None):
+        with virtual(world):
             return schedule.run()
     finally:
         for program in getattr(schedule, "programs", []):
             if program.service is not None:
                 program.release(program.service)
         clean(folder)
+
+
+def show(text: str) -> None:
+    """A line on standard output."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def main() -> int:
@@ -379,18 +407,14 @@ def main() -> int:
                 found = seed + 1
             seed = found
             try:
-                seen = run(seed, fleet, print if given.trace else None)
-            except Exception:
-                traceback.print_exc()
-                print(f"seed {seed} fails; replay: python -m tests.sim.run --seeds {seed} --trace", flush=True)
-                return 1
+                seen = run(seed, fleet, show if given.trace else None)
+            except BaseException:
+                show(f"seed {seed} fails; replay: python -m tests.sim.run --seeds {seed} --trace")
+                raise
             count += 1
             for name, value in seen.items():
-                for key, number in (
-                    [(name, value)] if isinstance(value, int) else [(f"ended {end}", 1) for end in value]  # type: ignore[attr-defined]
-                ):
-                    totals[key] = totals.get(key, 0) + number
-    print(f"{count} schedules: " + ", ".join(f"{name} {number}" for name, number in sorted(totals.items())))
+                totals[name] = totals.get(name, 0) + value
+    show(f"{count} schedules: " + ", ".join(f"{name} {number}" for name, number in sorted(totals.items())))
     return 0
 
 

@@ -21,7 +21,7 @@ EPOCH = 1_800_000_000.0
 """The UTC second at which every simulation begins."""
 WINDOW = 20
 """Messages that a client may leave unacknowledged."""
-PACKET_MAX = 2048
+PACKET_MAX = 4096
 """What the broker takes in one packet: small, so that everything worth cutting is cut into chunks."""
 
 

@@ -18,11 +18,11 @@ from aggregator import ca, service
 from aggregator import config as settings
 from aggregator.quarantine import fingerprint
 from aggregator.service import Service
-from shared import identity, wire
+from shared import identity, tensors, wire
 from shared.chunks import CHUNK_MIN
 from shared.driver import read_clock
 from shared.errors import ConfigError, Reason, StorageError
-from shared.messages import Missing, Outcome, Plan, Receipt, RoundOffer, Signed, UpdateHead, UpdateMessage
+from shared.messages import FedAvg, Missing, Outcome, Plan, Receipt, RoundOffer, Signed, UpdateHead, UpdateMessage
 from shared.mqtt import LinkUp, Message
 from shared.topics import RELEASE, Topics
 from tests.hostile import records
@@ -90,6 +90,12 @@ class Bench:
         taken, self.publications[:] = list(self.publications), []
         signed = [wire.unpack(payload, Signed) for where, payload in taken if where == topic]
         return [wire.unpack(each.payload, Receipt) for each in signed]
+
+    def limit(self, **changes: Any) -> None:
+        """Start again with other limits."""
+        config = self.service._config
+        self.service._config = structs.replace(config, limits=structs.replace(config.limits, **changes))
+        self.restart()
 
     def _published(self, topic: str, payload: bytes | bytearray, *, qos: int = 1, retain: bool = False) -> int:
         self.publications.append((topic, bytes(payload)))
@@ -392,7 +398,7 @@ def test_a_disk_that_must_be_mended_ends_the_daemon(bench: Bench) -> None:
 
 def test_who_stops_the_daemon_stops_its_waiting(bench: Bench) -> None:
     """Without the five seconds of the next try."""
-    refusing(bench.service._blobs, "put_all", 10**9)
+    refusing(bench.service._blobs, "put_all", 1)
     bench.service.end(15)
     began = time.monotonic()
     with pytest.raises(StorageError):
@@ -563,3 +569,18 @@ def test_chunks_kill_nobody_but_the_last(broad: Bench) -> None:
     assert noted(broad.chunk(update, 0), broad.chunk(update, 1), broad.chunk(update, 2)) == [0]
     assert noted(*(broad.chunk(update, number) for number in range(4)), broad.chunk(update, 0)) == [5]
     assert noted(broad.sent(update)) == [1]
+
+
+def test_the_fold_is_rebuilt(bench: Bench) -> None:
+    """After a restart it is made again from rows and bodies, in their order, and goes on: bit for bit the same sum."""
+    bench.adopt(2, plan=Plan(goal=3, min_updates=1, rounds=9, deadline=3600), algorithm=FedAvg("uniform"))
+    third = bundle(bench.folder, "sensor-3", read_clock().utc)
+    values = np.random.default_rng(3).normal(size=(3, records.DIMENSION)).astype("<f4")
+    mean = (values[0] + values[1] + values[2]) / np.float32(3)
+    for device, delta in zip((bench.device, bench.other, third), values, strict=True):
+        bench.restart()
+        bench.batch(bench.sent(records.update(device, bench.offer, delta=delta.tobytes()), device))
+    release = bench.service._coordinator.tasks[TASK].release
+    assert release.number == 1
+    weights = tensors.load(bench.service._blobs.get(release.weights.sha256), records.LAYOUT)["weight"]
+    assert weights.tobytes() == mean.tobytes()

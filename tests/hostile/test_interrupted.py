@@ -12,6 +12,7 @@ from shared import chunks, graph, signing, wire
 from shared.graph import Graph, Kind, Port, Ref, Row, StateSlot
 from shared.messages import (
     DataContract,
+    DeviceStatus,
     Graphs,
     Missing,
     ReleaseMessage,
@@ -148,6 +149,12 @@ def uploads(field: Field) -> list[tuple[str, bytes]]:
     return [(topic.rpartition("/")[2], payload) for topic, payload in field.collect() if topic.startswith("fl/up/")]
 
 
+def wills(field: Field) -> int:
+    """How often the broker has said that the agent is gone."""
+    statuses = [payload for topic, payload in field.collect() if topic.endswith("/status")]
+    return sum(not wire.unpack(payload, DeviceStatus).online for payload in statuses)
+
+
 def test_an_upload_over_a_killed_agent(field: Field) -> None:
     """The identical head comes again, and after it exactly the chunks that are asked for, until a receipt ends it."""
     start = len(field.daemon.read())
@@ -176,7 +183,10 @@ def test_an_upload_over_a_killed_agent(field: Field) -> None:
     assert (waiting["task"], waiting["round"], waiting["chunks"]) == (TASK, offered.round, count)
     ask(*range(64))
     until(lambda: len(pieces()) > 20 or None, "some chunks")
+    before_that = wills(field)
     field.daemon.kill()
+    # The broker speaks the will when it has dealt with all that came before.
+    until(lambda: wills(field) > before_that or None, "the will")
     before = pieces()
     assert {index for index, _ in before} <= set(range(64))
     assert Counter(index for index, _ in before).most_common(1)[0][1] == 1

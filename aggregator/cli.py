@@ -5,13 +5,14 @@ work where Linux-only modules are missing. Nothing is decided here beyond what o
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from shared import cli
 from shared.cli import Exit, Failure, Parser, say, show
@@ -254,8 +255,80 @@ def _task_list(options: argparse.Namespace) -> int:
     if options.json:
         show({"tasks": tasks}, True)
     else:
-        heads = ("task", "version", "release", "round", "state", "updates", "expires")
+        heads = ("task", "version", "release", "round", "wanted", "state", "updates", "expires")
         cli.table(heads, [tuple("-" if task[head] is None else task[head] for head in heads) for task in tasks])
+    return Exit.OK
+
+
+def _task_show(options: argparse.Namespace) -> int:
+    import json
+
+    from aggregator import config
+    from aggregator.store import Store
+
+    settings = config.load(options.config, os.environ)
+    store = Store(settings.database, read_only=True)
+    try:
+        found = next((task for task in store.tasks() if task.name == options.task), None)
+        if found is None:
+            known = ", ".join(task.name for task in store.tasks()) or "none yet"
+            raise Failure(Exit.FAILED, f"there is no task {options.task} here; there are: {known}")
+        facts = _task_facts(found)
+        releases = store.releases(found.name, found.manifest_version, settings.limits.keep_releases)
+    finally:
+        store.close()
+    told: object = None
+    if _held(settings.lock_file):
+        # The file lags a second behind, and may be written anew at this moment.
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            told = json.loads(cli.load(settings.status_file, 16 << 20)).get("tasks", {}).get(options.task)
+    if isinstance(told, dict):
+        facts |= {name: told[name] for name in ("phase", "eligible", "updates") if name in told}
+    facts["releases"] = [
+        {
+            "number": each.number,
+            "created": cli.moment(each.created),
+            "retained": each.withdrawn_at is None,
+            "restores": each.restores,
+        }
+        for each in releases
+    ]
+    if options.json:
+        show(facts, True)
+        return Exit.OK
+    listed = facts.pop("releases")
+    show(facts, False)
+    assert isinstance(listed, list)
+    heads = ("number", "created", "retained", "restores")
+    print()
+    cli.table(heads, [tuple("-" if each[head] is None else each[head] for head in heads) for each in listed])
+    return Exit.OK
+
+
+def _task_pause(options: argparse.Namespace) -> int:
+    return _command(options, "pause")
+
+
+def _task_resume(options: argparse.Namespace) -> int:
+    return _command(options, "resume")
+
+
+def _task_stop(options: argparse.Namespace) -> int:
+    return _command(options, "stop")
+
+
+def _task_rollback(options: argparse.Namespace) -> int:
+    return _command(options, "rollback")
+
+
+def _command(options: argparse.Namespace, verb: Literal["pause", "resume", "stop", "rollback"]) -> int:
+    """Ask the running aggregator to do something with a task."""
+    from aggregator import config, control
+
+    if not is_name(options.task):
+        raise Failure(Exit.USAGE, f"{options.task!r} cannot name a task: a-z, 0-9 and -, at most 63 characters")
+    state = config.load(options.config, os.environ).state.directory
+    show(control.ask(state, control.Request(verb, options.task, getattr(options, "to", None))), options.json)
     return Exit.OK
 
 
@@ -274,6 +347,7 @@ def _task_facts(task: "StoredTask") -> dict[str, object]:
         "metrics_of_parent": dict(release.metrics),
         "round": None if task.round is None else task.round.number,
         "rounds": manifest.plan.rounds,
+        "wanted": task.state,
         "state": "waiting" if task.round is None else task.round.state,
         "updates": len(task.contributions),
         "goal": manifest.plan.goal,
@@ -613,7 +687,7 @@ def _parser() -> Parser:
     _add_config(one)
     cli.add_json(one)
 
-    task = _group(groups, "task", "look at tasks")
+    task = _group(groups, "task", "look at tasks and steer them")
     one = cli.add_command(
         task, "list", _task_list, "list the tasks, one a line",
         "Print one line for each task, read from the state directory; the aggregator need not run.",
@@ -621,7 +695,48 @@ def _parser() -> Parser:
     )  # fmt: skip
     _add_config(one)
     cli.add_json(one)
+    one = cli.add_command(
+        task, "show", _task_show, "say all that is known of one task",
+        "Print a task's state and the releases that it can be rolled back to, from the state directory and, where the "
+        "aggregator runs, from its newest word.",
+        "aggregator task show digits --config fleet/aggregator/aggregator.toml",
+    )  # fmt: skip
+    _add_task(one)
+    one = cli.add_command(
+        task, "pause", _task_pause, "open no further round",
+        "Let the task's open round come to its end and open no further one, until `task resume`; also over restarts.",
+        "aggregator task pause digits",
+    )  # fmt: skip
+    _add_task(one)
+    one = cli.add_command(
+        task, "resume", _task_resume, "open rounds again",
+        "End a pause or a stop: the next round opens as soon as enough devices are eligible.",
+        "aggregator task resume digits",
+    )  # fmt: skip
+    _add_task(one)
+    one = cli.add_command(
+        task, "stop", _task_stop, "end the open round and open no further one",
+        "End the task's open round without a release; devices give up what they train for it. `task resume`, or a new "
+        "version of the task, goes on.",
+        "aggregator task stop digits",
+    )  # fmt: skip
+    _add_task(one)
+    one = cli.add_command(
+        task, "rollback", _task_rollback, "go back to the weights of an earlier release",
+        "End the task's open round and publish a new release, with the next number, that has an earlier one's weights. "
+        "Training goes on from there. Without --to it is the release before the newest; after a rollback, one further.",
+        "aggregator task rollback digits",
+        "aggregator task rollback digits --to 7",
+    )  # fmt: skip
+    one.add_argument("--to", type=_number, metavar="N", help="the number of the release (see `task show`)")
+    _add_task(one)
     return parser
+
+
+def _add_task(parser: Parser) -> None:
+    parser.add_argument("task", metavar="TASK", help="the task's name")
+    _add_config(parser)
+    cli.add_json(parser)
 
 
 def _group(groups: "argparse._SubParsersAction[Parser]", name: str, text: str) -> "argparse._SubParsersAction[Parser]":
@@ -676,6 +791,10 @@ def _size(text: str) -> int:
 
 def _chunk_size(text: str) -> int:
     return 0 if text == "0" else _whole(text, 1 << 10, 1 << 24)
+
+
+def _number(text: str) -> int:
+    return _whole(text, 0, 2**63 - 1)
 
 
 def _positive(text: str) -> int:

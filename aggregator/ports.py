@@ -177,6 +177,9 @@ class Store(Protocol):
     def release(self, task: str, manifest_version: int, number: int) -> StoredRelease | None:
         """A release by its number."""
 
+    def releases(self, task: str, manifest_version: int, most: int) -> list[StoredRelease]:
+        """The newest `most` releases of a manifest, the newest first."""
+
     def retained(self, task: str) -> list[StoredRelease]:
         """The releases of a task that are not withdrawn, of any manifest, the newest first."""
 

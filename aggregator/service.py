@@ -14,20 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, assert_never
 
+from aggregator import control, gate, intake, ports, validate
 from aggregator import coordinator as core
-from aggregator import gate, intake, ports, validate
 from aggregator.blobs import Blobs
 from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator, Effect, Task
 from aggregator.distribution import Distribution
 from aggregator.download import Downloads
 from aggregator.intake import DenyList, Intake
-from aggregator.ports import BlobLost, Contribution, StoredTask
+from aggregator.ports import BlobLost, Contribution, StoredRelease, StoredTask
 from aggregator.quarantine import Quarantine
 from aggregator.reassembler import Reassembler
 from aggregator.round import Round
 from aggregator.store import Store
 from shared import chunks, identity, logs, sealing, signing, systemd, tensors, wire
+from shared.control import ControlRequest
 from shared.driver import Driver, Mailbox, on_termination, read_clock
 from shared.errors import ConfigError, LinkError, LocalProtocolError, Reason, RemoteProtocolError, StorageError
 from shared.events import Event
@@ -72,7 +73,7 @@ class Stop:
     signal: int
 
 
-ServiceEvent = LinkEvent | core.Event | Stop
+ServiceEvent = LinkEvent | core.Event | control.ControlRequest | Stop
 R = TypeVar("R")
 
 
@@ -155,6 +156,7 @@ class Service:
             state / "spool", self._topics, self._blobs, self._link.subscribe, self._link.unsubscribe
         )
         self._driver: Driver[ServiceEvent, Effect] = Driver(self.mailbox, self, self)
+        self._control = control.server(state, self.mailbox.post)
         self._shown: dict[str, object] = {}
         self._manager = systemd.ServiceManager(os.environ)
 
@@ -166,6 +168,7 @@ class Service:
     def run(self) -> None:
         """Work until `end`."""
         wait = min(_HEARTBEAT, self._manager.watchdog or _HEARTBEAT)
+        self._control.start()
         self._link.start()
         self._manager.ready()
         self._manager.status("connecting to the broker")
@@ -192,6 +195,7 @@ class Service:
                 self._link.publish(
                     self._topics.aggregator_status(SHARD), self._presence(online=False), retain=True, qos=0
                 )
+            self._control.stop()
             self.mailbox.close()  # first: the network thread may wait there for a credit
             self._link.stop()
             self._store.close()
@@ -239,6 +243,8 @@ class Service:
             case Stop():
                 self._driver.stop()
                 return []
+            case ControlRequest():
+                return self._commanded(event, now)
             case _:
                 return self._decide(event, now)
 
@@ -260,6 +266,28 @@ class Service:
         if upload is not None:
             return self._coordinator.handle(core.UpdateCondemned(upload.device, upload.update), now)
         raise RemoteProtocolError(Reason.QUARANTINED, f"{len(message.payload)} bytes that killed the process before")
+
+    def _commanded(self, event: control.ControlRequest, now: Instant) -> list[Effect]:
+        """The operator wants something of a task."""
+        request, target = event.request, None
+        task = self._coordinator.tasks.get(request.task)
+        if request.verb == "rollback" and task is not None:
+            kept = self._store.releases(request.task, task.manifest.version, self._config.limits.keep_releases)
+            number = before(task.release, kept) if request.to is None else request.to
+            found = next((each for each in kept if each.number == number), None)
+            if found is None or not self._holds(found.weights):
+                others = [str(each.number) for each in kept if each.number != task.release.number]
+                what = "there is no earlier release" if number is None else f"release {number} is no longer kept"
+                event.reply({"error": f"{request.task}: {what}; kept are {', '.join(others) or 'no others'}"})
+                return []
+            target = found.signed
+        return self._decide(core.TaskCommand(request.task, request.verb, target, event.reply), now)
+
+    def _holds(self, blob: bytes) -> bool:
+        try:
+            return self._blobs.size(blob) > 0
+        except BlobLost:
+            return False
 
     def _link_up(self, event: LinkUp, now: Instant) -> list[Effect]:
         self._link_cause, self._packet_max, self._early = "", event.packet_max, []
@@ -788,6 +816,18 @@ def run(config: AggregatorConfig) -> None:
     service = Service(config, read_clock())
     on_termination(service.end)
     service.run()
+
+
+def before(release: Release, kept: Sequence[StoredRelease]) -> int | None:
+    """The number of the release that a rollback brings back where none is named: the one before the newest.
+
+    Where the newest brought back an older one itself, it is the one before that: going back twice goes back two.
+    """
+    numbers = {signing.digest(each.signed): each for each in kept}
+    if release.restores is not None and release.restores in numbers:
+        release = wire.unpack(numbers[release.restores].signed.payload, Release)
+    found = None if release.parent is None else numbers.get(release.parent)
+    return None if found is None else found.number
 
 
 def _summary(task: Task) -> dict[str, object]:

@@ -317,6 +317,17 @@ class Store(ports.Store):
             row = self._connection.execute(query).one_or_none()
             return None if row is None else _stored_release(row)
 
+    def releases(self, task: str, manifest_version: int, most: int) -> list[StoredRelease]:
+        """The newest `most` releases of a manifest, the newest first."""
+        query = (
+            sa.select(_releases)
+            .where(_releases.c.task == task, _releases.c.manifest_version == manifest_version)
+            .order_by(_releases.c.number.desc())
+            .limit(most)
+        )
+        with self._reading():
+            return [_stored_release(row) for row in self._connection.execute(query)]
+
     def retained(self, task: str) -> list[StoredRelease]:
         """The releases of a task that are not withdrawn, of any manifest, the newest first."""
         query = (

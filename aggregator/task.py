@@ -22,6 +22,7 @@ from shared.messages import (
     DataContract,
     FedAvg,
     Fraction,
+    Gate,
     MeanServer,
     Metric,
     Name,
@@ -94,8 +95,49 @@ class TrainingSection(Section, frozen=True, kw_only=True):
     """Share of the local examples that is never trained on and gives the metrics."""
 
 
+class PlanSection(Section, frozen=True, kw_only=True):
+    """`[plan]`: the rounds."""
+
+    goal: Annotated[int, Meta(ge=1, le=1_000_000)]
+    """Accepted updates that close a round."""
+    min_updates: Annotated[int, Meta(ge=1, le=1_000_000)]
+    """Fewest that make a release at the deadline."""
+    rounds: Annotated[int, Meta(ge=1, le=10_000_000)]
+    """After so many the task is finished."""
+    deadline: Annotated[int, Meta(ge=1, le=10_000_000)]
+    """Seconds from a round's opening."""
+    max_extension: Annotated[int, Meta(ge=1, le=10_000_000)] = 86_400
+    """Seconds that a round with too few updates is extended at the most, at a time."""
+    over_select: Annotated[float, Meta(ge=1.0, le=100.0)] = 1.3
+    """Devices asked for each update wanted."""
+    max_staleness: Literal[0] = 0
+    """Updates count in their own round."""
+    start_jitter: Annotated[int, Meta(ge=0, le=86_400)] = 0
+    """Seconds over which devices spread their start."""
+    until: Annotated[float, Meta(ge=-1e12, le=1e12)] | None = None
+    """Value of `metric` at which the task is finished before its last round."""
+    gate: Gate | bool = True
+    """Whether, or when, a release that is clearly worse than the one before is taken back; a table or false."""
+
+    def plan(self) -> Plan:
+        """As the manifest has it."""
+        gate = Gate() if self.gate is True else UNSET if self.gate is False else self.gate
+        return Plan(
+            goal=self.goal,
+            min_updates=self.min_updates,
+            rounds=self.rounds,
+            deadline=self.deadline,
+            max_extension=self.max_extension,
+            over_select=self.over_select,
+            max_staleness=self.max_staleness,
+            start_jitter=self.start_jitter,
+            until=UNSET if self.until is None else self.until,
+            gate=gate,
+        )
+
+
 class TaskFile(Section, frozen=True, kw_only=True):
-    """A whole task file. `[data]`, `[plan]` and `[conditions]` have the keys of the manifest's parts of those names."""
+    """A whole task file. `[data]` and `[conditions]` have the keys of the manifest's parts of those names."""
 
     name: Name
     """Of the task, in topics and commands."""
@@ -116,7 +158,7 @@ class TaskFile(Section, frozen=True, kw_only=True):
     """The aggregator adds this times the mean update to the weights."""
     training: TrainingSection
     data: DataContract
-    plan: Plan
+    plan: PlanSection
     conditions: Conditions = Conditions()
 
 
@@ -147,8 +189,9 @@ def manifest(
     expires = task.expires.after(now)
     if not now < expires <= now + LONGEST_DAYS * DAY:
         raise ConfigError(str(path), "expires", f"{task.expires} is not within ten years from now; write a later date")
+    plan = task.plan.plan()
     return TaskManifest(
-        v=1 if task.plan.until is UNSET and task.plan.gate is UNSET else 2,
+        v=1 if plan.until is UNSET and plan.gate is UNSET else 2,
         task=task.name,
         version=task.version,
         expires=expires,
@@ -160,7 +203,7 @@ def manifest(
         algorithm=FedAvg(weights=task.weights, cap=task.cap),
         server=MeanServer(lr=task.server_lr),
         data=task.data,
-        plan=task.plan,
+        plan=plan,
         codec="fp32",
         rule=ClippedMean(),
         privacy=PrivacyNone(clip_max=task.clip),

@@ -18,11 +18,10 @@ from typing import Literal, assert_never
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from edge_agent import clock as clocks
-from edge_agent import delivery, download, sensors
+from edge_agent import control, delivery, download, sensors
 from edge_agent import participation as core
 from edge_agent.child import Settings, Trainer, TrainerExited, TrainerSaid, TrainerWrote, rss
 from edge_agent.config import AgentConfig, zone
-from edge_agent.control import ControlRequest, ControlServer
 from edge_agent.delivery import Delivery, Waiting
 from edge_agent.download import Downloads
 from edge_agent.jobs import Done, Job, Source
@@ -32,6 +31,7 @@ from edge_agent.schedule import Schedule, WindowEdge
 from edge_agent.sensors import Sensors
 from edge_agent.store import Kept, Store
 from shared import chunks, identity, logs, wire
+from shared.control import ControlRequest
 from shared.driver import Driver, Mailbox, on_termination, read_clock
 from shared.errors import (
     ConfigError,
@@ -78,7 +78,9 @@ class Stop:
     signal: int
 
 
-ServiceEvent = LinkEvent | TrainerSaid | TrainerWrote | TrainerExited | ControlRequest | WindowEdge | core.Event | Stop
+ServiceEvent = (
+    LinkEvent | TrainerSaid | TrainerWrote | TrainerExited | control.ControlRequest | WindowEdge | core.Event | Stop
+)
 
 
 class Service:
@@ -139,7 +141,7 @@ class Service:
             Will(self._topics.device_status(self._device), self._presence(online=False)),
         )
         self._schedule = Schedule(config.policy.windows, self._zone, self.mailbox.post)
-        self._control = ControlServer(config.device.run_dir, self.mailbox.post)
+        self._control = control.server(config.device.run_dir, self.mailbox.post)
         self._driver: Driver[ServiceEvent, Effect] = Driver(self.mailbox, self, self)
         self._manager = ServiceManager(os.environ)
         self._started = now
@@ -335,7 +337,7 @@ class Service:
         detail = f"exit status {event.code}" if event.signal is None else f"signal {event.signal}"
         return self._participation.handle(core.TrainerGone(event.cause, detail), now)
 
-    def _asked(self, event: ControlRequest, now: Instant) -> Sequence[Effect]:
+    def _asked(self, event: control.ControlRequest, now: Instant) -> Sequence[Effect]:
         match event.request.verb:
             case "status":
                 event.reply(self._status(now))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from aggregator import ca
-from edge_agent import cli
-from edge_agent.control import ControlRequest, ControlServer, Request
+from edge_agent import cli, control
+from edge_agent.control import ControlRequest, Request
 from shared.version import VERSION
 
 NOW = 1_795_000_000.0
@@ -133,8 +133,8 @@ def test_status_pause_and_resume_reach_the_agent(config: Path, capsys: pytest.Ca
         asked.append(event.request)
         event.reply({"state": "idle", "link": {"connected": True}})
 
-    server = ControlServer(config.parent.parent / "run", owner)
-    server.start()
+    door = control.server(config.parent.parent / "run", owner)
+    door.start()
     try:
         assert cli.main(["status", "--config", str(config), "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == {"state": "idle", "link": {"connected": True}}
@@ -143,7 +143,7 @@ def test_status_pause_and_resume_reach_the_agent(config: Path, capsys: pytest.Ca
         assert cli.main(["resume", "--config", str(config)]) == 0
         assert "connected  yes" in capsys.readouterr().out
     finally:
-        server.stop()
+        door.stop()
     assert asked == [Request("status"), Request("pause", 7200.0), Request("pause"), Request("resume")]
 
 
@@ -151,15 +151,15 @@ def test_status_says_what_stands_in_the_way(config: Path, capsys: pytest.Capture
     """Each obstacle is a line of its own with measured value and setting: the reason to ask at all."""
     text = "others use the CPUs for 80 %, policy.cpu_others is 50 %"
     obstacle = {"name": "cpu", "value": 80.0, "threshold": 50.0, "text": text}
-    server = ControlServer(config.parent.parent / "run", lambda event: event.reply({"obstacles": [obstacle]}))
-    server.start()
+    door = control.server(config.parent.parent / "run", lambda event: event.reply({"obstacles": [obstacle]}))
+    door.start()
     try:
         assert cli.main(["status", "--config", str(config)]) == 0
         assert capsys.readouterr().out.splitlines() == ["obstacles", f"  cpu  {text}"]
         assert cli.main(["status", "--config", str(config), "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == {"obstacles": [obstacle]}
     finally:
-        server.stop()
+        door.stop()
 
 
 @pytest.mark.parametrize(

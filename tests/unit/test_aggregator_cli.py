@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator import cli
+from aggregator import cli, control
 from aggregator.config import load
 from aggregator.store import Store
 from shared.version import VERSION
@@ -376,7 +376,9 @@ def test_task_list_reads_the_database(site: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["task", "list", "--config", str(config), "--json"]) == 0
     assert _json(capsys) == {"tasks": []}
     assert cli.main(["task", "list", "--config", str(config)]) == 0
-    assert capsys.readouterr().out.split() == ["task", "version", "release", "round", "state", "updates", "expires"]
+    assert capsys.readouterr().out.split() == [
+        *("task", "version", "release", "round", "wanted", "state", "updates", "expires")
+    ]
 
 
 def test_backup_and_restore(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -401,8 +403,63 @@ def test_backup_and_restore(site: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["restore", str(tmp_path / "none.tar"), *options]) == 1
 
 
+@pytest.mark.parametrize("verb", ["pause", "resume", "stop", "rollback"])
+def test_commands_for_a_task_need_the_aggregator(site: Path, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without one running the exit code is 5 and the line says how it is started; a name that cannot be one is 2."""
+    config = site / "fleet" / "aggregator" / "aggregator.toml"
+    load(config).state.directory.mkdir(exist_ok=True)
+    assert cli.main(["task", verb, "digits", "--config", str(config)]) == 5
+    err = capsys.readouterr().err
+    assert "is not running" in err and "starts it" in err and err.count("\n") == 1
+    assert cli.main(["task", verb, "a/b", "--config", str(config)]) == 2
+
+
+def test_commands_for_a_task_ask_the_aggregator(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each asks its own question and prints the answer; a refusal is 3 with the aggregator's words."""
+    config = site / "fleet" / "aggregator" / "aggregator.toml"
+    asked: list[control.Request] = []
+
+    def owner(event: control.ControlRequest) -> None:
+        asked.append(event.request)
+        event.reply({"error": "points has no such release"} if event.request.to == 9 else {"state": "paused"})
+
+    door = control.server(load(config).state.directory, owner)
+    door.start()
+    try:
+        assert cli.main(["task", "pause", "points", "--config", str(config), "--json"]) == 0
+        assert _json(capsys) == {"state": "paused"}
+        assert cli.main(["task", "rollback", "points", "--to", "4", "--config", str(config)]) == 0
+        assert cli.main(["task", "rollback", "points", "--to", "9", "--config", str(config)]) == 3
+        assert "points has no such release" in capsys.readouterr().err
+    finally:
+        door.stop()
+    assert asked == [
+        control.Request("pause", "points"),
+        control.Request("rollback", "points", 4),
+        control.Request("rollback", "points", 9),
+    ]
+
+
+def test_show_of_an_unknown_task(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says which there are."""
+    config = site / "fleet" / "aggregator" / "aggregator.toml"
+    settings = load(config)
+    settings.state.directory.mkdir(exist_ok=True)
+    Store(settings.database).close()
+    assert cli.main(["task", "show", "other", "--config", str(config)]) == 1
+    assert "there are: none yet" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-    "command", [["run"], ["status"], ["task", "list"], ["backup", "-o", "nowhere.tar"], ["restore", "nowhere.tar"]]
+    "command",
+    [
+        ["run"],
+        ["status"],
+        ["task", "list"],
+        ["task", "pause", "x"],
+        ["backup", "-o", "nowhere.tar"],
+        ["restore", "nowhere.tar"],
+    ],
 )
 def test_a_bad_configuration_is_78(tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong configuration ends every command that reads it with 78 and one line that names file and key."""

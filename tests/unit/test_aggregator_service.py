@@ -14,15 +14,27 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from msgspec import structs
 
-from aggregator import ca, service
+from aggregator import ca, control, service
 from aggregator import config as settings
 from aggregator.quarantine import fingerprint
 from aggregator.service import Service
 from shared import identity, tensors, wire
 from shared.chunks import CHUNK_MIN
+from shared.control import ControlRequest
 from shared.driver import read_clock
 from shared.errors import ConfigError, Reason, StorageError
-from shared.messages import FedAvg, Missing, Outcome, Plan, Receipt, RoundOffer, Signed, UpdateHead, UpdateMessage
+from shared.messages import (
+    FedAvg,
+    Missing,
+    OfferState,
+    Outcome,
+    Plan,
+    Receipt,
+    RoundOffer,
+    Signed,
+    UpdateHead,
+    UpdateMessage,
+)
 from shared.mqtt import LinkUp, Message
 from shared.topics import RELEASE, Topics
 from tests.hostile import records
@@ -584,3 +596,87 @@ def test_the_fold_is_rebuilt(bench: Bench) -> None:
     assert release.number == 1
     weights = tensors.load(bench.service._blobs.get(release.weights.sha256), records.LAYOUT)["weight"]
     assert weights.tobytes() == mean.tobytes()
+
+
+# -- the operator ------------------------------------------------------------------------------------------------
+
+
+def ask(bench: Bench, verb: Any, to: int | None = None, task: str = TASK) -> dict[str, Any]:
+    """What the daemon answers."""
+    answers: list[Any] = []
+    bench.batch(ControlRequest(control.Request(verb, task, to), answers.append))
+    (answer,) = answers
+    found: dict[str, Any] = answer
+    return found
+
+
+def test_what_the_operator_wants_survives_a_restart(bench: Bench) -> None:
+    """Paused stays paused, stopped stays stopped, and resumed opens the next round."""
+    assert ask(bench, "pause")["state"] == "paused"
+    bench.restart()
+    task = bench.service._coordinator.tasks[TASK]
+    assert (task.state, task.phase) == ("paused", "collecting")
+    assert ask(bench, "stop")["phase"] == "stopped"
+    assert bench.offer.state is OfferState.FINISHED
+    bench.restart()
+    assert bench.service._coordinator.tasks[TASK].phase == "stopped"
+    assert ask(bench, "resume")["phase"] == "collecting"
+    assert bench.offer.round == 2
+    assert "no task other here" in ask(bench, "stop", task="other")["error"]
+
+
+def test_rollbacks(bench: Bench) -> None:
+    """To the release before, to a named one, and further back the second time; what is not kept is said."""
+    assert "no earlier release" in ask(bench, "rollback")["error"]
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=50, deadline=3600))
+    task = bench.service._coordinator.tasks[TASK]
+    weights = [task.release.weights]
+    for number in range(1, 4):
+        bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.1 * number))))
+        weights.append(task.release.weights)
+    assert len({each.sha256 for each in weights}) == 4
+
+    assert ask(bench, "rollback")["release"] == 4
+    assert task.release.weights == weights[2]
+    assert ask(bench, "rollback")["release"] == 5
+    assert task.release.weights == weights[1]
+    assert ask(bench, "rollback", 3)["release"] == 6
+    assert task.release.weights == weights[3]
+    assert "release 77 is no longer kept; kept are 5, 4, 3, 2, 1, 0" in ask(bench, "rollback", 77)["error"]
+    assert "already" in ask(bench, "rollback", 6)["error"]
+    assert [each.restores for each in bench.service._store.releases(TASK, 2, 3)] == [3, 1, 2]
+    bench.restart()
+    assert bench.service._coordinator.tasks[TASK].release.number == 6
+    assert bench.offer.round == 7
+
+
+def test_a_rollback_to_lost_weights_is_refused(bench: Bench) -> None:
+    """A release whose weights are gone from the disk can be brought back by nobody."""
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=50, deadline=3600))
+    first = bench.service._coordinator.tasks[TASK].release.weights.sha256
+    bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.5))))
+    bench.service._blobs.delete(first)
+    assert "release 0 is no longer kept" in ask(bench, "rollback")["error"]
+
+
+# -- large releases ----------------------------------------------------------------------------------------------
+
+
+def test_a_large_release_leaves_in_chunks(bench: Bench) -> None:
+    """What is above inline_max is cut to pieces that the broker takes."""
+    config = bench.service._config
+    bench.service._config = structs.replace(config, limits=structs.replace(config.limits, inline_max=10))
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=50, deadline=3600))
+    bench.service._packet_max = 2048
+    bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.5))))
+    release = bench.service._coordinator.tasks[TASK].release
+    assert (release.v, release.weights.chunk_size) == (2, 1024)
+    assert [topic for topic, _ in bench.publications if "/blob/" in topic]
+
+
+def test_what_expires_soon_is_told(bench: Bench) -> None:
+    """Once a day, with the days that are left; the status has them for every certificate."""
+    assert set(bench.service._days_left) == {"agg-0.crt", "ca.crt"}
+    assert min(bench.service._days_left.values()) > 30
+    due = bench.service._certificates_due
+    assert due is not None and due > read_clock().mono + 86_000

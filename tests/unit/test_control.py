@@ -1,4 +1,4 @@
-"""edge_agent.control: one question, one answer, and nothing a client does hangs or harms the agent."""
+"""shared.control: one question, one answer, and nothing a client does hangs or harms the daemon."""
 
 import contextlib
 import json
@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_agent import control
-from edge_agent.control import ANSWER_MAX, REQUEST_MAX, SOCKET, ControlRequest, ControlServer, Request, ask
+from edge_agent.control import ControlRequest, Request, ask, server
+from shared import control
+from shared.control import ANSWER_MAX, REQUEST_MAX, SOCKET, ControlServer
 from shared.errors import ConfigError, LinkError
 
 
@@ -24,17 +25,17 @@ def echo(event: ControlRequest) -> None:
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[[Callable[[ControlRequest], None]], Path]]:
     """Start servers with the given owners; all are stopped in the end."""
-    servers: list[ControlServer] = []
+    servers: list[ControlServer[Request]] = []
 
     def start(post: Callable[[ControlRequest], None]) -> Path:
-        server = ControlServer(tmp_path, post)
-        server.start()
-        servers.append(server)
+        made = server(tmp_path, post)
+        made.start()
+        servers.append(made)
         return tmp_path
 
     yield start
-    for server in servers:
-        server.stop()
+    for made in servers:
+        made.stop()
 
 
 Serve = Callable[[Callable[[ControlRequest], None]], Path]
@@ -133,26 +134,37 @@ def test_second_agent_is_refused(serve: Serve) -> None:
     """Two agents in one folder would answer for each other."""
     folder = serve(echo)
     with pytest.raises(ConfigError, match="another agent"):
-        ControlServer(folder, echo).start()
+        server(folder, echo).start()
     assert ask(folder, Request("status"))["verb"] == "status"
 
 
 def test_folder_that_can_hold_no_socket_is_a_config_error(tmp_path: Path) -> None:
     """The key to change is named."""
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / ("x" * 120)):
-        with pytest.raises(ConfigError) as caught:
-            ControlServer(folder, echo).start()
-        assert caught.value.key == "device.run_dir"
+    with pytest.raises(ConfigError) as caught:
+        server(tmp_path / "file", echo).start()
+    assert caught.value.key == "device.run_dir"
+
+
+def test_a_folder_far_down_will_do(tmp_path: Path) -> None:
+    """The system's limit of 107 bytes on a socket's path is no limit on where a state directory lies."""
+    folder = tmp_path / ("x" * 120) / ("y" * 120)
+    made = server(folder, echo)
+    made.start()
+    try:
+        assert ask(folder, Request("status"))["verb"] == "status"
+    finally:
+        made.stop()
+    assert not (folder / SOCKET).exists()
 
 
 def test_stop_ends_the_thread_and_removes_the_socket(tmp_path: Path) -> None:
     """Afterwards the agent is, to a client, not running."""
     before = threading.active_count()
-    server = ControlServer(tmp_path, echo)
-    server.start()
-    server.stop()
-    server.stop()
+    made = server(tmp_path, echo)
+    made.start()
+    made.stop()
+    made.stop()
     assert threading.active_count() == before
     with pytest.raises(LinkError, match=r"not running \(nothing listens at .*control.sock\)"):
         ask(tmp_path, Request("status"))

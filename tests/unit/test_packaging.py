@@ -22,6 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SHELL = {
     "shared.cli",
     "shared.config",
+    "shared.control",
     "shared.driver",
     "shared.files",
     "shared.identity",
@@ -48,6 +49,7 @@ SHELL = {
     "aggregator.ca",
     "aggregator.cli",
     "aggregator.config",
+    "aggregator.control",
     "aggregator.distribution",
     "aggregator.download",
     "aggregator.export",

@@ -72,10 +72,10 @@ class Yard(Site):
         self._fence = Peer(self.fleet, self.fleet.device(FENCE))
         self._watcher = Peer(self.fleet, self.fleet.device("watcher"))
 
-    def everybody(self) -> None:
+    def everybody(self, **changes: Any) -> None:
         """All devices say that they would train."""
         for name in NAMES:
-            self.online(name)
+            self.online(name, **changes)
 
     def unit(self, number: int, offer: RoundOffer, **changes: Any) -> Update:
         """Device `number`'s unit vector as an update."""
@@ -373,6 +373,83 @@ def test_a_broker_killed(yard: Yard) -> None:
     assert yard.model() == cells(0, 1, value=0.5)
     downs = [line for line in yard.daemon.lines[since:] if line["event"] == "link.down"]
     assert len({line["cause"] for line in downs}) == len(downs) <= 2  # cut, then nobody there: each told once
+
+
+def test_weights_in_chunks(yard: Yard) -> None:
+    """Chunks are there before the message names them; a broker that lost them gets all again; a kill costs nothing."""
+    drop_in = yard.config.with_name("aggregator.toml.d")
+    drop_in.mkdir()
+    (drop_in / "large.toml").write_text("[limits]\ninline_max = 0\n")
+    try:
+        yard.kill()
+        yard.start()
+        yard.everybody(v=2)
+        yard.task("main", plan=plan(2), algorithm=UNIFORM)
+        yard.give(0, 1)
+        release = yard.released(1)
+        assert (release.v, len(release.weights.chunks)) == (2, 1)
+
+        def kept() -> list[bytes]:
+            with Peer(yard.fleet, yard.fleet.device("watcher-2")) as peer:
+                assert peer.subscribe(f"fl/blob/{release.weights.sha256.hex()}/+") < 128
+                return [data for _, data in peer.fence()]
+
+        found = tensors.load(b"".join(kept()), LAYOUT)["weight"]
+        assert [float(value) for value in found.ravel()] == cells(0, 1, value=0.5)
+        since = len(yard.daemon.read())
+        yard.kill()
+        yard.fleet.fresh_broker()
+        yard.reconnect()
+        assert kept() == []
+        yard.start()
+        yard.daemon.wait("release.published", since, task="main", release=1)
+        assert len(kept()) == 1
+        yard.everybody(v=2)
+        yard.give(2, 3)
+        yard.released(2)
+    finally:
+        shutil.rmtree(drop_in)
+
+
+def test_a_state_directory_that_went_back_in_time(yard: Yard) -> None:
+    """An old copy adopts the newest release from the broker, and goes on with numbers that no device has seen."""
+    yard.task("main", plan=plan(2), algorithm=UNIFORM)
+    yard.kill()
+    old = yard.state.with_name("old")
+    shutil.copytree(yard.state, old, ignore=shutil.ignore_patterns("control.sock"))
+    yard.start()
+    for number in (1, 2, 3):
+        yard.give(2 * number, 2 * number - 1)
+        yard.released(number)
+        until(lambda number=number: yard.is_open(number + 1) or None, "the next round")  # type: ignore[misc]
+    model, offer = yard.model(), yard.offer("main")
+    assert offer.round == 4
+    yard.kill()
+    shutil.rmtree(yard.state)
+    old.rename(yard.state)
+    for key in (yard.state / "keys").iterdir():
+        key.unlink()  # no backup has them
+    since = yard.start()
+    yard.daemon.wait("task.recovered", since, task="main", release=1003)
+    opened = yard.daemon.wait("round.opened", since, task="main")
+    assert opened["round"] > offer.round
+    assert yard.model() == model
+    until(lambda: yard.is_open(opened["round"]) or None, "the next round")
+    yard.give(0, 7)
+    yard.released(1004)
+
+
+def test_without_any_state(yard: Yard) -> None:
+    """A lost disk costs the open round: the task, its newest weights and its numbers come back from the broker."""
+    yard.task("main", plan=plan(2), algorithm=UNIFORM)
+    yard.give(0, 1)
+    yard.released(1)
+    yard.kill()
+    shutil.rmtree(yard.state)
+    since = yard.start()
+    yard.daemon.wait("task.adopted", since, task="main", release=1)
+    yard.daemon.wait("task.recovered", since, task="main", release=1001)
+    assert yard.model() == cells(0, 1, value=0.5)
 
 
 # -- starting and stopping ---------------------------------------------------------------------------------------

@@ -284,6 +284,74 @@ def test_the_real_aggregator_takes_a_release(
     until(lambda: cli.main(["status", *aggregator, "--json"]) == 0 or None, "a status file")
 
 
+def test_the_real_aggregator_takes_a_large_release(
+    fleet: Fleet, aggregator: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chunks first, then the message: the aggregator collects them, gives them out, and export brings them home."""
+    (tmp_path / "wide.py").write_text(
+        "from torch import nn\nclass Wide(nn.Sequential):\n    def __init__(self):\n        "
+        "super().__init__(nn.Linear(64, 9000), nn.Linear(9000, 10))\n"
+    )
+    task, file = tmp_path / "task.toml", tmp_path / "wide.msgpack"
+    task.write_text((DIGITS / "task.toml").read_text(encoding="utf-8").replace('"digits"', '"wide"', 1))
+    build = ["release", "build", f"{tmp_path / 'wide.py'}:Wide", "--loss", "cross_entropy", "--task", str(task)]
+    common = ["--fleet", str(fleet.folder), "--force"]
+    assert cli.main([*build, "-o", str(file), *common]) == 0
+    capsys.readouterr()
+    assert _publish(fleet, file, "60", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["number"] == 0
+    message = wire.unpack(_retained(fleet, topics.RELEASE)[0][1], ReleaseMessage)
+    assert (message.v, message.weights) == (2, None)
+    out = tmp_path / "wide.safetensors"
+    assert cli.main(["model", "export", "wide", "-o", str(out), "--fleet", str(fleet.folder)]) == 0
+    weights = release.read(release.open_file(file)).weights
+    assert weights is not None and out.read_bytes() == weights
+    assert not out.with_name(f".{out.name}.part").exists()
+
+    # The next version starts from there; a copy of the file would do as well.
+    task.write_text(task.read_text().replace("version = 1 ", "version = 2 ", 1))
+    newest = [*build, "-o", str(tmp_path / "next.msgpack"), "--continue", "newest", *common]
+    assert cli.main(newest) == 0
+    again = release.read(release.open_file(tmp_path / "next.msgpack"))
+    assert again.weights == weights and again.manifest.version == 2
+
+    assert cli.main(["task", "pause", "wide", *aggregator]) == 0
+    capsys.readouterr()
+    assert cli.main(["task", "show", "wide", *aggregator, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["wanted"], [each["number"] for each in facts["releases"]]) == ("paused", [0])
+    assert cli.main(["task", "rollback", "wide", *aggregator]) == 3
+
+
+def test_chunks_above_the_brokers_limit_are_refused(
+    fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The advice is a chunk size that fits, and with it the release goes out."""
+    conf = fleet.folder / "broker" / "mosquitto.conf"
+    before = conf.read_text(encoding="utf-8")
+    lines = [line for line in before.splitlines() if not line.startswith(("max_packet_size", "message_size_limit"))]
+    (tmp_path / "wide.py").write_text(
+        "from torch import nn\nclass Wide(nn.Sequential):\n    def __init__(self):\n        "
+        "super().__init__(nn.Linear(64, 900), nn.Linear(900, 10))\n"
+    )
+    file = tmp_path / "wide.msgpack"
+    build = ["release", "build", f"{tmp_path / 'wide.py'}:Wide", "--loss", "cross_entropy", "--force"]
+    build += ["--task", str(DIGITS / "task.toml"), "-o", str(file), "--fleet", str(fleet.folder)]
+    assert cli.main(build) == 0
+    fleet.broker.stop()
+    try:
+        conf.write_text("\n".join([*lines, "max_packet_size 50000", ""]), encoding="utf-8")
+        fleet.broker.start()
+        assert _publish(fleet, file, "0") == 3
+        assert "--chunk-size 48976" in capsys.readouterr().err
+        assert cli.main([*build, "--chunk-size", "48976"]) == 0
+        assert _publish(fleet, file, "0") == 0
+        fleet.broker.stop()
+    finally:
+        conf.write_text(before, encoding="utf-8")
+        fleet.broker.start()
+
+
 @pytest.mark.usefixtures("aggregator")
 def test_the_examples_readme_works(fleet: Fleet, tmp_path: Path) -> None:
     """The shell blocks for a fleet of one's own run as they stand, in order."""

@@ -106,10 +106,10 @@ class Site:
         self.daemon.wait("round.opened", task=name, round=1)
         return self.offer(name)
 
-    def online(self, device: str) -> None:
+    def online(self, device: str, **changes: Any) -> None:
         """Let a device say that it would train."""
         with Peer(self.fleet, self.fleet.device(device)) as peer:
-            assert peer.publish(f"fl/dev/{device}/status", wire.pack(status()), retain=True) < 128
+            assert peer.publish(f"fl/dev/{device}/status", wire.pack(status(**changes)), retain=True) < 128
             peer.bye()
 
     def send(self, device: Device, update: Update, topic: str | None = None) -> list[Receipt]:
@@ -149,16 +149,20 @@ class Site:
     def retained(self) -> dict[str, bytes]:
         """All that the broker keeps of models, as a device sees it, once it is what the aggregator has stored."""
         newest = "SELECT task, offer, MAX(manifest_version * 1000000 + round) FROM rounds GROUP BY task"
+        released = "SELECT task, signed, MAX(manifest_version * 1000000 + number) FROM releases GROUP BY task"
 
         def found() -> dict[str, bytes] | None:
             offers = {f"models/{task}/round": offer for task, offer, _ in self._query(newest)}
+            releases = {f"models/{task}/release": signed for task, signed, _ in self._query(released)}
             self._watcher.fence()
             # Asking again brings what is retained again.
             assert self._watcher.subscribe("models/#") < 128
             kept = dict(self._watcher.fence())
+            if not all(signed in kept.get(topic, b"") for topic, signed in releases.items()):
+                return None
             return kept if all(kept.get(topic) == offer for topic, offer in offers.items()) else None
 
-        return until(found, "the newest offers on the broker")
+        return until(found, "the newest releases and offers on the broker")
 
     def _query(self, text: str) -> list[Any]:
         with sqlite3.connect(f"file:{self._state}/aggregator.db?mode=ro", uri=True) as database:

@@ -1074,6 +1074,144 @@ Rounds.TestCase.settings = settings(max_examples=40, stateful_step_count=40, dea
 TestRounds = Rounds.TestCase
 
 
+class Contract(RuleBasedStateMachine):
+    """Whatever happens in whatever order: a round that opened ends once, in one of five ways, or has a deadline."""
+
+    DEVICES = "abcd"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bench = Bench()
+        self.version = 1
+        self.bench.tell(*UP)
+        self.publish()
+        self.bench.tell(*(core.StatusReceived(device, v2()) for device in "abc"))
+
+    @property
+    def task(self) -> core.Task:
+        """The only one."""
+        return self.bench.machine.tasks["points"]
+
+    def publish(self) -> None:
+        """The next version, judged, with a goal and a term."""
+        gate = Gate(drop=0.2, reporters=2)
+        expires = int(self.bench.now.utc) + 2000
+        manifest = RECORDS.manifest(
+            version=self.version, metric="accuracy", gate=gate, until=0.95, rounds=4, max_extension=100, expires=expires
+        )
+        self.bench.tell(core.ReleaseReceived(RECORDS.message(manifest)))
+
+    @rule(device=st.sampled_from(DEVICES), online=st.booleans())
+    def presence(self, device: str, online: bool) -> None:
+        """A device comes or goes."""
+        self.bench.tell(core.StatusReceived(device, v2(online=online)))
+
+    @precondition(lambda self: self.task.offer is not None)
+    @rule(device=st.sampled_from(DEVICES))
+    def update(self, device: str) -> None:
+        """A device sends for the newest round."""
+        self.bench.update(device)
+
+    @rule(seconds=st.sampled_from([1.0, 61.0, 500.0]))
+    def wait(self, seconds: float) -> None:
+        """Time passes."""
+        self.bench.after(seconds)
+
+    @rule(jump=st.sampled_from([-(10**6), -100, 100, 10**4]))
+    def set_clock(self, jump: int) -> None:
+        """The wall clock is set; deadlines run on."""
+        self.bench.now = Instant(self.bench.now.mono, self.bench.now.utc + jump)
+
+    @precondition(lambda self: self.task.closing is not None)
+    @rule(accuracy=st.sampled_from([0.1, 0.5, 0.9, 0.96]), spoilt=st.booleans())
+    def reduce(self, accuracy: float, spoilt: bool) -> None:
+        """The shell is done."""
+        closing = self.task.closing
+        assert closing is not None
+        name, version, number = "points", closing.manifest_version, closing.number
+        blob = BlobRef(sha256(b"%d %d" % (version, number)).digest(), 10)
+        done = core.RoundReduced(name, version, number, blob, {"accuracy": accuracy}, 3)
+        self.bench.tell(core.RoundSpoilt(name, version, number) if spoilt else done)
+
+    @rule(verb=st.sampled_from(["pause", "resume", "stop", "rollback"]))
+    def operate(self, verb: core.Verb) -> None:
+        """The operator speaks."""
+        target = self.task.parent[1] if self.task.parent is not None else None
+        self.bench.tell(core.TaskCommand("points", verb, target, None))
+
+    @rule()
+    def supersede(self) -> None:
+        """A publisher's next version comes."""
+        if self.bench.now.utc < RECORDS.root.publishers[0].expires:
+            self.version += 1
+            self.publish()
+
+    @rule(kept=st.booleans())
+    def reconnect(self, kept: bool) -> None:
+        """The link was cut; the broker kept everything or nothing."""
+        message = structs.replace(
+            RECORDS.message(), manifest=self.task.manifest_signed, release=self.task.release_signed
+        )
+        there: list[core.Event] = [core.ReleaseFound("points", message)] if kept else []
+        if kept and self.task.offer_signed is not None:
+            there.append(core.OfferFound("points", self.task.offer_signed))
+        self.bench.tell(UP[0], *there, *UP[1:])
+
+    @invariant()
+    def one_ending(self) -> None:
+        """Each round that opened has one ending, but the newest of a version, which may be open or closing."""
+        versions = [each.manifest_version for each in self.bench.effects if isinstance(each, core.OpenRound)]
+        rounds = [each.offer.round for each in self.bench.effects if isinstance(each, core.OpenRound)]
+        opened = list(zip(versions, rounds, strict=True))
+        ended: list[tuple[int, int, str]] = []
+        for each in self.bench.effects:
+            if isinstance(each, core.StoreRelease):
+                ended.append((each.manifest_version, each.round_number, "released"))
+            if isinstance(each, core.AbandonRound):
+                ended.append((each.manifest_version, each.number, each.how))
+        assert {how for *_, how in ended} <= {"released", "rejected_by_gate", "superseded", "stopped", "finished"}
+        assert len({each[:2] for each in ended}) == len(ended)
+        task = self.task
+        going = task.round or task.closing
+        expected = sorted(opened)
+        if going is not None:
+            expected.remove((going.manifest_version, going.number))
+        assert sorted(each[:2] for each in ended) == expected
+
+    @invariant()
+    def nothing_hangs(self) -> None:
+        """An open round has a deadline that comes; a task without one says why."""
+        task = self.task
+        if task.round is not None:
+            assert self.bench.machine.deadline is not None
+            assert self.bench.machine.deadline <= self.bench.now.mono + 2000
+        elif task.closing is None:
+            assert task.phase in ("waiting", "paused", "stopped", "finished")
+
+    @invariant()
+    def offers_continue(self) -> None:
+        """What devices see of a version never goes back, and a release never takes another's number."""
+        offers = [
+            (each.manifest_version, each.offer)
+            for each in self.bench.effects
+            if isinstance(each, core.OpenRound | core.ReviseRound)
+        ]
+        for (earlier, before), (version, after) in pairwise(offers):
+            assert (earlier, before.round, before.sequence) < (version, after.round, after.sequence)
+            if (earlier, before.round) == (version, after.round):
+                trust.continues(after, before)
+        numbers = [
+            (each.manifest_version, each.release.number)
+            for each in self.bench.effects
+            if isinstance(each, core.StoreRelease | core.RestoreRelease)
+        ]
+        assert numbers == sorted(set(numbers))
+
+
+Contract.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestContract = Contract.TestCase
+
+
 def test_release_payload_is_a_release() -> None:
     """What is stored is what was signed."""
     bench = Bench()

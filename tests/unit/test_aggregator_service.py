@@ -270,6 +270,16 @@ def test_an_update_on_the_topic_of_another(bench: Bench) -> None:
     assert bench.updates == 0
 
 
+@pytest.mark.parametrize("years", [-40, 3])
+def test_a_round_that_was_opened_under_a_wrong_clock(bench: Bench, years: int) -> None:
+    """Certificates are judged by the round's opening, or by now: else no device could end that round, for ever."""
+    current = bench.service._coordinator.tasks[TASK].round
+    assert current is not None
+    current.opened += years * 365 * 86_400
+    bench.batch(bench.sent(records.update(bench.device, bench.offer)))
+    assert (bench.updates, bench.service._refused) == (1, {})
+
+
 def test_a_denied_device_does_not_count(bench: Bench) -> None:
     """The deny list is stronger than a good certificate and a good signature."""
     bench.deny.write_text("sensor-1\n")

@@ -55,9 +55,11 @@ class Daemon:
     Used as a context it is killed at the end if it still runs then: the end of a test that failed.
     """
 
-    def __init__(self, package: Literal["aggregator", "edge_agent"], config: Path) -> None:
+    def __init__(self, package: Literal["aggregator", "edge_agent"], config: Path, clock: Path | None = None) -> None:
+        """`clock`: the file that says how far its wall clock is off; see tests.hostile.clock."""
         self.log = config.with_suffix(".log")
-        self._command = [*LEASH, sys.executable, "-m", f"{package}.cli", "run", "--config", str(config)]
+        module = [f"{package}.cli"] if clock is None else ["tests.hostile.clock", str(clock), package]
+        self._command = [*LEASH, sys.executable, "-m", *module, "run", "--config", str(config)]
         self._child: Child | None = None
         self._offset, self._rest = 0, b""
         self.lines: list[Line] = []

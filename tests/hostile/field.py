@@ -47,7 +47,7 @@ def configuration(fleet: Fleet, more: str = "") -> Path:
 class Field:
     """The agent, and the test as its aggregator and publisher."""
 
-    def __init__(self, fleet: Fleet, more: str = "") -> None:
+    def __init__(self, fleet: Fleet, more: str = "", clock: Path | None = None) -> None:
         self.fleet, self.keys = fleet, records.load_keys(fleet)
         records.retire(fleet, self.keys)
         config = configuration(fleet, more)
@@ -59,7 +59,7 @@ class Field:
         self.received: list[tuple[str, bytes]] = []
         self.manifests: dict[str, TaskManifest] = {}
         self.messages: dict[str, ReleaseMessage] = {}
-        self.daemon = Daemon("edge_agent", config)
+        self.daemon = Daemon("edge_agent", config, clock)
         self._fences = 0
 
     # -- doing ---------------------------------------------------------------------------------------------------

@@ -63,10 +63,10 @@ class Snapshot:
 class Site:
     """The fleet, its aggregator, and peers that stay connected."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, clock: Path | None = None) -> None:
         self.fleet, self.keys = fleet, records.load_keys(fleet)
         records.retire(fleet, self.keys)
-        self.daemon = Daemon("aggregator", fleet.folder / "aggregator" / "aggregator.toml")
+        self.daemon = Daemon("aggregator", fleet.folder / "aggregator" / "aggregator.toml", clock)
         self._state = fleet.folder / "aggregator" / "state"
         self.operator = Peer(fleet, fleet.operator)
         self._fence = Peer(fleet, fleet.device(FENCE))

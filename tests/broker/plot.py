@@ -60,20 +60,19 @@ class Light:
         self._keepalive = keepalive
         self._write(port)
 
-    def accepted(self) -> set[int]:
+    def accepted(self, task: str = TASK) -> set[int]:
         """The rounds for which it read a receipt that says so."""
         return {
             line["round"]
             for line in self.daemon.read()
-            if line["event"] == "update.answered" and line["outcome"] == "accepted"
+            if line["event"] == "update.answered" and line["outcome"] == "accepted" and line["task"] == task
         }
 
 
 class Plot:
     """The fleet's aggregator and its light devices, none of them started yet; all end with it."""
 
-    def __init__(self, fleet: Fleet, count: int, nursery: Nursery | None = None, *, cells: int = 0) -> None:
-        """`cells`: values of the model, at least one for each device."""
+    def __init__(self, fleet: Fleet, count: int, nursery: Nursery | None = None) -> None:
         self.fleet, self.keys = fleet, records.load_keys(fleet)
         home = fleet.folder / "aggregator"
         self.state = home / "state"
@@ -81,8 +80,7 @@ class Plot:
         self.aggregator = Daemon("aggregator", home / "aggregator.toml")
         self.aggregator.log.write_bytes(b"")
         self.devices = [Light(fleet, cell, nursery) for cell in range(count)]
-        self.width = -(-max(cells, count) // 3)
-        self._weights: dict[int, Sum] = {}
+        self.beds: list[Bed] = []
 
     def __enter__(self) -> "Plot":
         return self
@@ -96,41 +94,60 @@ class Plot:
         """The aggregator first."""
         return [self.aggregator, *(device.daemon for device in self.devices)]
 
-    def publish(self, plan: Plan, **changes: Any) -> None:
-        """Release 0 of the one task, of all zeros, in which each update weighs the same."""
-        of, uniform = records.wide(self.width), FedAvg(weights="uniform")
-        changes = {"plan": plan, "algorithm": uniform, **records.of_width(self.width), **changes}
-        message = records.release(self.keys, records.manifest(self.keys, TASK, 1, of, **changes), of)
+    def publish(self, plan: Plan, task: str = TASK, cells: int = 0) -> "Bed":
+        """Release 0 of a task with at least a cell for each device, all zeros; each update weighs the same."""
+        bed = Bed(self, task, -(-max(cells, len(self.devices)) // 3))
+        of, uniform = records.wide(bed.width), FedAvg(weights="uniform")
+        described = records.manifest(
+            self.keys, task, 1, of, plan=plan, algorithm=uniform, **records.of_width(bed.width)
+        )
         with Peer(self.fleet, self.fleet.operator) as operator:
-            assert operator.publish("models/release", wire.pack(message), retain=True) < 128
+            message = wire.pack(records.release(self.keys, described, of))
+            assert operator.publish("models/release", message, retain=True) < 128
+        self.beds.append(bed)
+        return bed
 
     def end(self) -> None:
         """Stop everybody, in order, and keep the last weights."""
         for daemon in self.daemons:
             daemon.stop()
             assert daemon.read()[-1]["event"] == "daemon.stopped"
-        self.look()
-
-    # -- seeing --
+        for bed in self.beds:
+            bed.look()
 
     def query(self, text: str) -> list[Any]:
         """What the aggregator's database says."""
         with sqlite3.connect(f"file:{self.state}/aggregator.db?mode=ro", uri=True) as database:
             return database.execute(text).fetchall()
 
+    def check_alive(self) -> None:
+        """AssertionError, with the end of its log, if a daemon has died."""
+        for daemon in self.daemons:
+            daemon.check()
+
+
+class Bed:
+    """One task, and the weights of its releases as far as they were seen."""
+
+    def __init__(self, plot: Plot, task: str, width: int) -> None:
+        self.plot, self.task, self.width = plot, task, width
+        self.seen: dict[int, Sum] = {}
+
     def look(self) -> int:
         """Keep the newest release's weights, which are gone some rounds later; returns its number, or -1."""
-        newest = self.query("SELECT number, weights FROM releases ORDER BY number DESC LIMIT 1")
+        newest = self.plot.query(
+            f"SELECT number, weights FROM releases WHERE task = '{self.task}' ORDER BY number DESC LIMIT 1"
+        )
         if not newest:
             return -1
         ((number, blob),) = newest
-        if number not in self._weights:
-            path = self.state / "blobs" / blob.hex()
+        if number not in self.seen:
+            path = self.plot.state / "blobs" / blob.hex()
             try:
                 found = tensors.load(path.read_bytes(), records.layout_of(self.width))
             except FileNotFoundError:
                 return int(number)  # a newer one has come in this moment
-            self._weights[number] = found["weight"].ravel().astype(np.float64)
+            self.seen[number] = found["weight"].ravel().astype(np.float64)
         return int(number)
 
     def released(self, number: int, seconds: float) -> int:
@@ -138,15 +155,10 @@ class Plot:
 
         def found() -> int | None:
             newest = self.look()
-            self.check_alive()
+            self.plot.check_alive()
             return newest if newest >= number else None
 
-        return until(found, f"release {number}", seconds)
-
-    def check_alive(self) -> None:
-        """AssertionError, with the end of its log, if a daemon has died."""
-        for daemon in self.daemons:
-            daemon.check()
+        return until(found, f"release {number} of {self.task}", seconds)
 
     def audit(self) -> "Audit":
         """Compare weights, rows and receipts; AssertionError where they do not tell the same story."""
@@ -160,11 +172,12 @@ class Audit:
     `accepted` that a device has read is a row. A cell counted twice or lost shows as a wrong sum.
     """
 
-    def __init__(self, plot: Plot) -> None:
-        rounds = plot.query("SELECT round FROM rounds WHERE state = 'released' ORDER BY round")
+    def __init__(self, bed: Bed) -> None:
+        plot, of = bed.plot, f"task = '{bed.task}'"
+        rounds = plot.query(f"SELECT round FROM rounds WHERE {of} AND state = 'released' ORDER BY round")
         rows: dict[int, set[int]] = defaultdict(set)
         for origin, collected, name, outcome in plot.query(
-            "SELECT origin_round, collected_in, device, outcome FROM contributions"
+            f"SELECT origin_round, collected_in, device, outcome FROM contributions WHERE {of}"
         ):
             if outcome == "accepted":
                 assert origin == collected
@@ -173,21 +186,21 @@ class Audit:
                 rows[origin].add(cell)
         self.rounds = [number for (number,) in rounds]
         self.updates = sum(len(rows[number]) for number in self.rounds)
-        seen = sorted(plot._weights)
+        seen = sorted(bed.seen)
         assert seen[-1] == len(self.rounds), "a release for each round that was released, and the last one seen"
         self.seen = len(seen)
-        expected = np.zeros_like(plot._weights[seen[0]])
+        expected = np.zeros_like(bed.seen[seen[0]])
         sums = [expected]
         for number in self.rounds:
             mean = np.zeros_like(expected)
             mean[list(rows[number])] = 1.0 / len(rows[number])
             sums.append(sums[-1] + mean)
         for release in seen:
-            wrong = np.flatnonzero(np.abs(plot._weights[release] - sums[release]) > 1e-4)
+            wrong = np.flatnonzero(np.abs(bed.seen[release] - sums[release]) > 1e-4)
             assert not len(wrong), f"release {release} is wrong in cells {wrong.tolist()}"
         self.receipts = 0
         for device in plot.devices:
-            answered = device.accepted()
+            answered = device.accepted(bed.task)
             lost = [number for number in answered if device.cell not in rows[number]]
             assert not lost, f"{device.name} was told `accepted` for rounds {lost}, which do not know it"
             self.receipts += len(answered)

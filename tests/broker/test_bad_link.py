@@ -129,26 +129,26 @@ def test_a_device_that_stops_reading(fleet: Fleet) -> None:
         frozen.reach(fleet.port, keepalive=5)
         for daemon in plot.daemons:
             daemon.start()
-        plot.publish(plan)
+        bed = plot.publish(plan)
         until(lambda: frozen.accepted() or None, "a receipt", PATIENCE)
         since = len(frozen.daemon.read())
         os.kill(frozen.daemon.pid, signal.SIGSTOP)
         try:
-            log, before = fleet.broker.log, plot.look()
+            log, before = fleet.broker.log, bed.look()
             begun = log.stat().st_size
             gone = f"Client {frozen.name} has exceeded timeout".encode()
 
             def left() -> bool | None:
-                plot.released(plot.look() + 1, PATIENCE)
+                bed.released(bed.look() + 1, PATIENCE)
                 return gone in log.read_bytes()[begun:] or None
 
             until(left, "the broker's word", PATIENCE)
-            assert plot.look() > before
+            assert bed.look() > before
         finally:
             os.kill(frozen.daemon.pid, signal.SIGCONT)
         answered = frozen.accepted()
         frozen.daemon.wait("link.up", since)
         until(lambda: frozen.accepted() > answered or None, "another receipt", PATIENCE)
         plot.end()
-        audit = plot.audit()
+        audit = bed.audit()
         assert audit.updates == 2 * len(audit.rounds) and audit.receipts > 2

@@ -19,7 +19,7 @@ import pytest
 from shared.messages import Plan
 from tests.broker.broker import Fleet
 from tests.broker.nursery import Nursery
-from tests.broker.plot import Plot, note
+from tests.broker.plot import TASK, Plot, note
 from tests.hostile.daemon import memory, until
 
 DEVICES = 50
@@ -30,6 +30,9 @@ BURST = 10
 PATIENCE = 240.0
 """Seconds that anything may take on a machine that does other things too."""
 PLAN = Plan(goal=40, min_updates=25, rounds=1_000_000, deadline=20, max_extension=40, over_select=100.0)
+WIDE = 60_000
+"""Values of the second task's model: 240 KB, so that its updates go up in chunks and the first one's ride along."""
+WIDE_PLAN = Plan(goal=16, min_updates=8, rounds=1_000_000, deadline=20, max_extension=40, over_select=1.3)
 MEGABYTE = 1 << 20
 
 Kind = Literal["aggregator", "broker", "device"]
@@ -80,15 +83,17 @@ class Storm:
     """Lines that the aggregator's log had before its newest start."""
 
     def rage(self, order: list[Blow]) -> None:
-        """In bursts, after each of which a further release must come."""
+        """In bursts, after each of which a further release of the first task must come."""
         for start in range(0, len(order), BURST):
-            before = self.plot.look()
+            main, wide = self.plot.beds
+            before = main.look()
             for blow in order[start : start + BURST]:
                 self._strike(blow)
                 time.sleep(blow.gap)  # the instant is what this is about
                 self._revive(time.monotonic())
             self._revive(float("inf"))
-            self.plot.released(before + 1, PATIENCE)
+            wide.look()
+            main.released(before + 1, PATIENCE)
 
     def _strike(self, blow: Blow) -> None:
         plot = self.plot
@@ -137,9 +142,16 @@ def plot(fleet: Fleet) -> Iterator[Plot]:
         made.aggregator.start()
         made.aggregator.wait("link.up")
         made.publish(PLAN)
+        made.publish(WIDE_PLAN, "wide", WIDE)
         for device in made.devices:
             device.daemon.start()
         yield made
+
+
+def calm(plot: Plot) -> None:
+    """Two more rounds of each task."""
+    for bed, number in [(bed, bed.look()) for bed in plot.beds]:
+        bed.released(max(0, number) + 2, PATIENCE)
 
 
 def weather(plot: Plot, kills: int) -> None:
@@ -147,26 +159,30 @@ def weather(plot: Plot, kills: int) -> None:
     seed = int(os.environ.get("CHAOS_SEED", random.randrange(1 << 32)))
     note(f"CHAOS_SEED={seed}")
     began = time.monotonic()
-    plot.released(2, PATIENCE)
+    calm(plot)
     watched = [device.daemon for device in plot.devices[:SURVIVORS]]
     before = [memory(daemon.pid, "VmRSS") for daemon in watched]
     ready = time.monotonic()
     storm = Storm(plot)
     storm.rage(blows(seed, kills))
     over = time.monotonic()
-    number = plot.released(plot.look() + 2, PATIENCE)
+    calm(plot)
     grown = max(memory(daemon.pid, "VmRSS") - size for daemon, size in zip(watched, before, strict=True))
     plot.end()
-    audit = plot.audit()
     peaks = {kind: peak // MEGABYTE for kind, peak in storm.peaks.items()}
     note(
-        f"{storm.kills.total()} kills {dict(storm.kills)}; {len(audit.rounds)} rounds, {audit.seen - 1} of their "
-        f"releases checked, {audit.updates} updates, {audit.receipts} receipts; {ready - began:.0f} s to begin, "
-        f"{over - ready:.0f} s of kills; peaks in MB {peaks}, grown {grown / MEGABYTE:.1f} MB"
+        f"{storm.kills.total()} kills {dict(storm.kills)}; {ready - began:.0f} s to begin, {over - ready:.0f} s of "
+        f"kills; peaks in MB {peaks}, grown {grown / MEGABYTE:.1f} MB"
     )
+    for bed in plot.beds:
+        audit = bed.audit()
+        note(
+            f"{bed.task}: {len(audit.rounds)} rounds, {audit.seen - 1} of their releases checked, {audit.updates} "
+            f"updates, {audit.receipts} receipts"
+        )
+        assert len(audit.rounds) >= (kills // BURST if bed.task == TASK else 0) + 4
+        assert audit.seen > len(audit.rounds) // 2
     assert storm.kills.total() == kills and set(storm.kills) == {"device", "aggregator", "broker"}
-    assert number >= kills // BURST + 4
-    assert audit.seen > len(audit.rounds) // 2
     assert grown < 8 * MEGABYTE
     assert storm.peaks["device"] < 80 * MEGABYTE
     assert storm.peaks["aggregator"] < 250 * MEGABYTE

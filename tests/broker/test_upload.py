@@ -34,13 +34,13 @@ def relay(fleet: Fleet) -> Iterator[Relay]:
 def plot(fleet: Fleet, relay: Relay) -> Iterator[Plot]:
     """Two devices, of which the first has sent half of its update."""
     fleet.fresh_broker()
-    with Plot(fleet, 2, cells=CELLS) as made:
+    with Plot(fleet, 2) as made:
         made.devices[0].reach(relay.port, KEEPALIVE)
         for daemon in made.daemons:
             daemon.start()
         for daemon in made.daemons:
             daemon.wait("link.up")
-        made.publish(PLAN)
+        made.publish(PLAN, cells=CELLS)
         until(lambda: trainings(made.devices[0]) or None, "a training", PATIENCE)
         relay.rate = RATE
         before = relay.moved["up"]
@@ -56,10 +56,10 @@ def trainings(device: Light) -> int:
 
 def ends_well(plot: Plot) -> None:
     """The round is released with both updates, each once; the one that was interrupted was made once."""
-    plot.released(1, PATIENCE)
+    plot.beds[0].released(1, PATIENCE)
     for device in plot.devices:
         device.daemon.wait("update.answered", outcome="accepted")
-    audit = plot.audit()
+    audit = plot.beds[0].audit()
     assert (audit.rounds, audit.updates, audit.receipts) == ([1], 2, 2)
     assert trainings(plot.devices[0]) == 1
 

@@ -23,10 +23,9 @@ from edge_agent.eligibility import DeviceFacts, Gatekeeper, Obstacle, Policy, ob
 from edge_agent.jobs import Done, Failed, Progress
 from shared import chunks, signing, trust, wire
 from shared.errors import Reason, RemoteProtocolError
-from shared.layout import dimension, size_bytes
+from shared.layout import dimension
 from shared.machine import Instant, Tick
 from shared.messages import (
-    BlobRef,
     DeviceStatus,
     Missing,
     OfferState,
@@ -53,8 +52,6 @@ PROGRESS_INTERVAL = 10.0
 """Seconds between two lines about a training that goes on; one that takes less is told by its start and end."""
 OUTBOX_COUNT, OUTBOX_BYTES = 16, 256 << 20
 """Updates, and bytes of their bodies, that wait for an answer at most."""
-HEADER_MAX = 16 << 20
-"""Bytes that weights may have beside the tensors."""
 RETRY_FIRST, RETRY_MAX = 60.0, 3600.0
 """Seconds before a failed job is tried again; doubles."""
 
@@ -542,7 +539,6 @@ class Participation:
 
     def _comes(self, coming: Coming, now: Instant) -> list[Effect]:
         """A release that is verified, and accepted once its weights are here."""
-        _bounded(coming.release.weights, coming.manifest)
         if not self.downloads.wants(coming):
             return []
         effects = self._make_room(coming.task, now)
@@ -871,10 +867,3 @@ def status(said: PublishStatus, session: bytes, now: float) -> DeviceStatus:
         datasets=list(said.datasets),
         sent=int(now),
     )
-
-
-def _bounded(weights: BlobRef, manifest: TaskManifest) -> None:
-    """Refuse weights that are larger than the layout can be: the disk is the device owner's."""
-    most = sum(map(size_bytes, manifest.layout)) + HEADER_MAX
-    if weights.size > most:
-        raise RemoteProtocolError(Reason.TOO_LARGE, f"weights of {weights.size} bytes for a layout of {most}")

@@ -19,6 +19,7 @@ from edge_agent.jobs import Done, Failed, Progress
 from edge_agent.participation import Effect, Participation
 from shared import chunks, signing, wire
 from shared.errors import Reason, RemoteProtocolError
+from shared.layout import weights_max
 from shared.machine import Instant, Tick
 from shared.messages import (
     BlobRef,
@@ -660,7 +661,8 @@ def test_releases_in_chunks_that_are_refused() -> None:
     other = structs.replace(MESSAGE.graphs, train=MESSAGE.graphs.eval)
     swapped = structs.replace(in_chunks(4), graphs=other)
     assert bench.refused(core.ReleaseArrived("points", swapped)) is Reason.WRONG_DIGEST
-    huge = BlobRef(bytes(32), core.HEADER_MAX + 25, core.HEADER_MAX, [bytes(32)] * 2)
+    most = weights_max(RECORDS.manifest().layout)
+    huge = BlobRef(bytes(32), most + 1, most, [bytes(32)] * 2)
     assert bench.refused(core.ReleaseArrived("points", in_chunks(4, huge))) is Reason.TOO_LARGE
     bench.tell(core.ReleaseArrived("points", in_chunks(5)))
     assert bench.refused(core.ReleaseArrived("points", in_chunks(4))) is Reason.ROLLBACK

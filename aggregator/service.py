@@ -6,6 +6,7 @@ which the next start continues.
 """
 
 import collections
+import contextlib
 import json
 import os
 import threading
@@ -58,8 +59,7 @@ _HEARTBEAT = 30.0
 """Seconds after which the owner loop turns though nothing happens; the watchdog may ask for less."""
 _RETRY_EVERY = 5.0
 """Seconds between two tries to write to a disk that is full."""
-_CERTIFICATES_EVERY = 86_400.0
-"""Seconds between two looks at how long our certificates are valid."""
+_DAY = 86_400.0
 _EXPIRES_SOON = 30
 """Days of validity below which it is told."""
 _SHOW_EVERY = 1.0
@@ -126,7 +126,7 @@ class Service:
         self._quarantine = Quarantine(state)
         self._ending = threading.Event()
         self._packet_max: int | None = None
-        self._certificates_due = now.mono
+        self._daily_due = now.mono
         self._days_left: dict[str, int] = {}
         """Of our certificates, by file name."""
         self._early: list[Message] = []
@@ -209,7 +209,7 @@ class Service:
     def deadline(self) -> float:
         """The earliest of the coordinator's and of what is on its way to or from the broker."""
         due = (self._coordinator.deadline, self._distribution.deadline, self._downloads.deadline)
-        return min([self._certificates_due, *(each for each in due if each is not None)])
+        return min([self._daily_due, *(each for each in due if each is not None)])
 
     def handle(self, event: ServiceEvent | Tick, now: Instant) -> list[Effect]:
         """Decode what is still bytes, then let the coordinator decide."""
@@ -235,8 +235,8 @@ class Service:
                 self._distribution.published(mid, refusal, now)
                 return []
             case Tick():
-                if self._certificates_due <= now.mono:
-                    self._look_at_certificates(now)
+                if self._daily_due <= now.mono:
+                    self._daily(now)
                 self._distribution.tick(now)
                 effects = [effect for found in self._downloads.tick(now) for effect in self._decide(found, now)]
                 return effects + self._decide(event, now)
@@ -613,8 +613,8 @@ class Service:
             return spoilt
         self._blobs.put(weights)
         metrics = validate.pooled([(row.metrics, row.holdout) for row in rows])
-        large = len(weights) > self._config.limits.inline_max
-        blob = chunks.describe(weights, chunks.chunk_size(self._packet_max) if large else 0)
+        piece = chunks.chunk_size(self._packet_max)
+        blob = chunks.describe(weights, piece if len(weights) > min(self._config.limits.inline_max, piece) else 0)
         reports = gate.reports([row.metrics for row in rows], manifest.metric)
         return core.RoundReduced(manifest.task, manifest.version, effect.number, blob, metrics, reports)
 
@@ -646,13 +646,19 @@ class Service:
     def _publish(self, topic: str, payload: bytes, retain: bool) -> int:
         return self._link.publish(topic, payload, retain=retain)
 
-    def _look_at_certificates(self, now: Instant) -> None:
-        self._certificates_due = now.mono + _CERTIFICATES_EVERY
+    def _daily(self, now: Instant) -> None:
+        """Look at how long our certificates are valid, and let go of rows that nobody asks for any more."""
+        self._daily_due = now.mono + _DAY
         for path in dict.fromkeys((Path(self._config.broker.cert), Path(self._config.broker.ca))):
             ends = min(each.not_valid_after_utc.timestamp() for each in identity.load_certificates(path))
             self._days_left[path.name] = days = int((ends - now.utc) // 86_400)
             if days < _EXPIRES_SOON:
                 tell(Event.CERTIFICATE_EXPIRING, path=str(path), days=days)
+        with contextlib.suppress(StorageError):  # a full disk is told by whatever has to be durable
+            pruned = True
+            while pruned:
+                with self._store.transaction():
+                    pruned = self._store.prune(now.utc) > 0
 
     def _root_file(self, version: int) -> Path:
         return self._roots / f"{version}.root"

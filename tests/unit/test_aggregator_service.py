@@ -688,5 +688,33 @@ def test_what_expires_soon_is_told(bench: Bench) -> None:
     """Once a day, with the days that are left; the status has them for every certificate."""
     assert set(bench.service._days_left) == {"agg-0.crt", "ca.crt"}
     assert min(bench.service._days_left.values()) > 30
-    due = bench.service._certificates_due
+    due = bench.service._daily_due
     assert due is not None and due > read_clock().mono + 86_000
+
+
+def test_rows_of_long_ago_go(bench: Bench) -> None:
+    """Once a day what no device asks for any more is forgotten; what is younger stays."""
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=50, deadline=3600))
+    for number in range(1, 4):
+        bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.1 * number))))
+    service = bench.service
+    with service._store.transaction():
+        service._store.end_round(TASK, 2, 1, "released", read_clock().utc - 401 * 86_400)
+    service._daily_due = read_clock().mono
+    service._driver.turn(0.0)
+    kept = [service._store.recall(TASK, 2, number, bench.device.name) for number in range(1, 4)]
+    assert [row is not None for row in kept] == [False, True, True]
+    assert service._daily_due > read_clock().mono + 86_000
+
+
+def test_what_the_broker_does_not_take_whole_leaves_in_chunks(bench: Bench) -> None:
+    """However small inline_max calls it."""
+    bench.adopt(
+        2, records.wide(400), plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600), **records.of_width(400)
+    )
+    bench.service._packet_max = 1100
+    update = records.update(bench.device, bench.offer, delta=bytes(4 * 1200), context={"dimension": 1200})
+    bench.batch(bench.sent(update))
+    release = bench.service._coordinator.tasks[TASK].release
+    assert (release.number, release.weights.chunk_size) == (1, CHUNK_MIN)
+    assert bench.service._config.limits.inline_max > release.weights.size

@@ -287,3 +287,28 @@ def test_a_restart_forgets_nothing(field: Field) -> None:
     )
     refuses(field, ROUNDS, wire.pack(re_issue(field, sequence=1)), "rollback")
     refuses(field, ROUNDS, wire.pack(re_issue(field, sequence=5, deadline=OFFER.deadline + 5)), "equivocation")
+
+
+def test_retained_junk(field: Field) -> None:
+    """What lies on the broker comes with every connection, is refused each time, and harms nobody."""
+    topics = [
+        "models/junk/release",
+        "models/junk/round",
+        RECEIPTS,
+        f"fl/dev/{AGENT}/cmd/missing",
+        f"fl/dev/{AGENT}/cmd/anything",
+        "fl/agg/0/status",
+    ]
+    for topic in topics:
+        assert field.aggregator.publish(topic, b"junk", retain=True) < 128
+    field.fence()
+    assert field.daemon.stop() == 0
+    field.daemon.read()
+    field.daemon.lines.clear()
+    field.start()
+    for topic in topics:
+        field.daemon.wait("message.refused", topic=topic)
+    for topic in topics:
+        assert field.aggregator.publish(topic, b"", retain=True) < 128
+    field.fence()
+    field.next_release("main")

@@ -162,6 +162,14 @@ REJECTED: dict[str, tuple[Callable[[Attack], Update], str, Outcome]] = {
         Outcome.REJECTED,
     ),
     "certificate_named_like_a_service": (lambda a: a.forged(name="_agg-0"), "bad_certificate", Outcome.REJECTED),
+    **{
+        f"certificate_of_the_name_{name}": (
+            lambda a, name=name: a.forged(name=name),  # type: ignore[misc]
+            "bad_certificate",
+            Outcome.REJECTED,
+        )
+        for name in ("+", "#", "a/b", "Live-1", "live-1 ", "x" * 64)
+    },
     "signed_with_another_key": (
         lambda a: update(replace(a.device, key=ec.generate_private_key(ec.SECP256R1())), a.offer),
         "bad_signature",
@@ -465,6 +473,14 @@ def test_not_selected(site: Site) -> None:
     chosen = records.load_device(site.fleet, "live-2" if name == "live-1" else "live-1")
     (answer,) = site.send(chosen, update(chosen, site.offer("picky")))
     assert answer.outcome is Outcome.ACCEPTED
+
+
+@pytest.mark.parametrize("value", [1e-45, -1e-40, 1.1e-38])
+def test_denormals(site: Site, value: float) -> None:
+    """Numbers too small for their form are numbers: they count, and weigh what they are."""
+    device = site.fresh()
+    (answer,) = site.send(device, update(device, site.offer("main"), delta=values(value=value)))
+    assert (answer.outcome, answer.reason) == (Outcome.ACCEPTED, "")
 
 
 def test_denied(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import struct
 import tempfile
 from collections.abc import Callable
@@ -24,13 +25,15 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+import aggregator.control
+import edge_agent.control
 from aggregator import ca
 from aggregator.ca import Authority
 from edge_agent import jobs
 from edge_agent.store import TaskState
-from shared import chunks, codec, identity, sealing, tensors, topics, wire
+from shared import chunks, codec, control, identity, sealing, tensors, topics, wire
 from shared.errors import Reason, RemoteProtocolError
-from shared.messages import BlobRef, DataContract, PlainBody, Sgd, TensorContract, TensorSpec, Training
+from shared.messages import BlobRef, DataContract, PlainBody, Sgd, TensorContract, TensorSpec, Training, Wire
 from shared.topics import Topics, Upload
 from tests.forgery import SERVER, forge
 from tests.fuzz.mutate import (
@@ -545,6 +548,61 @@ SEALED = Target(
 )
 
 
+# -- requests at the operator's doors ------------------------------------------------------------------------------
+
+_DOORS: list[tuple[type[Wire], control.Door, list[bytes]]] = [
+    (
+        edge_agent.control.Request,
+        edge_agent.control.DOOR,
+        [b'{"verb":"status"}', b'{"verb":"pause","seconds":60}', b'{"verb":"resume","seconds":null}'],
+    ),
+    (
+        aggregator.control.Request,
+        aggregator.control.DOOR,
+        [b'{"verb":"rollback","task":"points","to":3}', b'{"verb":"stop","task":"points"}'],
+    ),
+]
+
+
+def _doors_make(rng: Random) -> tuple[int, bytes]:
+    door = rng.randrange(len(_DOORS))
+    good = _DOORS[door][2]
+    line = good[rng.randrange(len(good))]
+    if rng.randrange(3):
+        return door, write_json(graft(read_json(line), rng, [read_json(other) for other in good], write_json), rng)
+    return door, spoil(line, rng, good)
+
+
+def _doors_judge(case: tuple[int, bytes]) -> bool:
+    """A line is a request, which reads as it was written, or an answer says that it is none; the door stays open."""
+    door, line = case
+    kind, name, _ = _DOORS[door]
+    posted: list[Wire] = []
+
+    def post(event: control.ControlRequest[Wire]) -> None:
+        posted.append(event.request)
+        event.reply({"taken": True})
+
+    answer = control.ControlServer(Path(), kind, name, post)._answer(line)
+    json.dumps(answer)
+    if not posted:
+        assert set(answer) == {"error"} and len(str(answer["error"])) < 1_000
+        return False
+    (request,) = posted
+    assert answer == {"taken": True} and type(request) is kind
+    assert msgspec.json.decode(msgspec.json.encode(request), type=kind) == request
+    return True
+
+
+DOORS = Target(
+    "doors",
+    _doors_make,
+    _doors_judge,
+    lambda: [(door, line) for door, (_, _, lines) in enumerate(_DOORS) for line in lines],
+    examples=400,
+)
+
+
 # -- certificates and signatures over heads ----------------------------------------------------------------------
 
 _AT = datetime.now(UTC).replace(microsecond=0)
@@ -685,4 +743,4 @@ def _heads_judge(case: tuple[bytes, bytes]) -> bool:
 
 HEADS = Target("heads", _heads_make, _heads_judge, lambda: list(zip(_HEADS, _signatures(), strict=True)), examples=300)
 
-TARGETS = [WIRE, FRAMES, TOPICS, BLOBS, WEIGHTS, DELTAS, SEALED, CERTIFICATES, HEADS]
+TARGETS = [WIRE, FRAMES, TOPICS, BLOBS, WEIGHTS, DELTAS, SEALED, DOORS, CERTIFICATES, HEADS]

@@ -24,6 +24,7 @@ from shared.messages import (
     ReleaseMessage,
     Role,
     Root,
+    RootMessage,
     RoundOffer,
     Signed,
     TaskManifest,
@@ -212,6 +213,66 @@ def _cases() -> list[Case]:
 RECORDS = Target("records", _make, _judge, _cases, examples=800)
 
 
+# -- the walk from one root to the next ----------------------------------------------------------------------------
+
+_NEXT = structs.replace(ROOT, version=ROOT.version + 1, root_keys=[_PUBLIC["stranger"], _PUBLIC["clerk"]])
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A message where the next root belongs, and who really signed its halves as a root (None: nobody did)."""
+
+    message: RootMessage
+    before: str | None
+    own: str | None
+
+
+def _walk(payload: bytes, before: str, own: str) -> Walk:
+    halves = (sign(payload, Root, name, Role.ROOT) for name in (before, own))
+    return Walk(RootMessage(2, *halves), before, own)
+
+
+def _roots_make(rng: Random) -> Walk:
+    payload = wire.pack(_NEXT)
+    if rng.randrange(2):
+        payload = write_msgpack(graft(read_msgpack(payload), rng, _TREES))
+    names = list(_KEYS)
+    before = names[rng.randrange(len(names))] if rng.randrange(4) == 0 else "root"
+    own = names[rng.randrange(len(names))] if rng.randrange(4) == 0 else ("stranger", "clerk")[rng.randrange(2)]
+    made = _walk(payload, before, own)
+    match rng.randrange(8):
+        case 0:
+            old = sign(wire.pack(_GOOD[rng.randrange(len(_GOOD))]), Root, own, Role.ROOT)
+            return Walk(structs.replace(made.message, own=old), before, own)
+        case 1:
+            return Walk(structs.replace(made.message, before=made.message.own), own, own)
+        case 2:
+            half = structs.replace(made.message.before, sig=spoil(made.message.before.sig, rng)[:64].ljust(64, b"x"))
+            whole = half.sig == made.message.before.sig
+            return Walk(structs.replace(made.message, before=half), before if whole else None, own)
+        case 3:
+            half = structs.replace(made.message.own, role=Role.PUBLISHER)
+            return Walk(structs.replace(made.message, own=half), before, None)
+        case _:
+            return made
+
+
+def _roots_judge(walk: Walk) -> bool:
+    """A root is followed only to the next version of the same fleet, signed by the root before it and by itself."""
+    try:
+        found = trust.next_root(ROOT, walk.message)
+    except RemoteProtocolError:
+        return False
+    assert walk.before is not None and _PUBLIC[walk.before] in ROOT.root_keys
+    assert walk.own is not None and _PUBLIC[walk.own] in found.root_keys
+    assert wire.pack(found) == walk.message.before.payload == walk.message.own.payload
+    assert (found.fleet, found.version) == (ROOT.fleet, ROOT.version + 1)
+    return True
+
+
+ROOTS = Target("roots", _roots_make, _roots_judge, lambda: [_walk(wire.pack(_NEXT), "root", "stranger")], examples=300)
+
+
 # -- a whole release ---------------------------------------------------------------------------------------------
 
 _PARTS = (linear("train"), linear("eval"), weights())
@@ -343,4 +404,4 @@ def _orders_judge(history: list[tuple[int, RoundOffer]]) -> bool:
 
 ORDERS = Target("orders", _orders_make, _orders_judge, lambda: [[(1, _GOOD[5]), (2, _GOOD[5])]], examples=400)
 
-TARGETS = [RECORDS, MODELS, ORDERS]
+TARGETS = [RECORDS, ROOTS, MODELS, ORDERS]

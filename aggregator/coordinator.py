@@ -806,6 +806,7 @@ class Coordinator:
         task = self.tasks.get(name)
         ours = (message.manifest.payload, message.release.payload)
         if task is not None and ours == (task.manifest_signed.payload, task.release_signed.payload) and message.graphs:
+            _intact(task, message)
             if self._back is not None:
                 self._back.add(Found(message, task.manifest, task.release, True))
             return []
@@ -1416,6 +1417,16 @@ def _would_train(status: DeviceStatus, task: Task) -> bool:
         and task.manifest.opset in status.opsets
         and task.manifest.data.dataset in status.datasets
     )
+
+
+def _intact(task: Task, message: ReleaseMessage) -> None:
+    """Refuse a copy of our newest release that no device could use, so that ours is put in its place."""
+    if (message.manifest, message.release) != (task.manifest_signed, task.release_signed):
+        raise RemoteProtocolError(Reason.BAD_SIGNATURE, f"release {task.release.number} with another signature")
+    if message.weights is None and not task.release.weights.chunks:
+        raise RemoteProtocolError(Reason.MISSING_PART, f"release {task.release.number} without its weights")
+    if message.graphs is not None:
+        parts(message.graphs, message.weights, task.manifest, task.release)
 
 
 def _offer_of(task: Task, signed: Signed | None) -> RoundOffer | None:

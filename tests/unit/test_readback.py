@@ -126,6 +126,27 @@ def test_junk_is_refused() -> None:
     assert caught.value.reason is Reason.WRONG_TASK
 
 
+def test_our_own_release_spoilt_is_put_right() -> None:
+    """What has our records' bytes and not their signatures, graphs or weights is no copy that a device can use."""
+    bench = Bench()
+    bench.begin()
+    good = RECORDS.message()
+    assert good.graphs is not None
+    cases: list[tuple[ReleaseMessage, Reason]] = [
+        (structs.replace(good, release=structs.replace(good.release, sig=bytes(64))), Reason.BAD_SIGNATURE),
+        (structs.replace(good, manifest=structs.replace(good.manifest, sig=bytes(64))), Reason.BAD_SIGNATURE),
+        (structs.replace(good, weights=weights(1.0)), Reason.WRONG_DIGEST),
+        (structs.replace(good, graphs=structs.replace(good.graphs, train=good.graphs.eval)), Reason.WRONG_DIGEST),
+        (structs.replace(good, v=2, weights=None), Reason.MISSING_PART),
+    ]
+    for message, reason in cases:
+        bench.tell(FIRST, ROOT)
+        with pytest.raises(RemoteProtocolError) as caught:
+            bench.tell(core.ReleaseFound("points", message), *retained(bench)[1:])
+        assert caught.value.reason is reason
+        assert core.PublishRelease in kinds(bench.tell(LAST))
+
+
 # -- an aggregator that went back in time ----------------------------------------------------------------------------
 
 

@@ -604,6 +604,8 @@ class Task:
     done: bool = False
     """As good as its plan wants it, or out of rounds."""
     expired: bool = False
+    needs_manifest: bool = False
+    """Numbers were left out after a restore, and none is left."""
     coming: bool = False
     """The broker knows a newer release, whose weights are on their way."""
 
@@ -620,8 +622,7 @@ class Task:
         if self.done or self.expired:
             return "finished"
         if self.last_round >= self.manifest.plan.rounds:
-            # Numbers were left out after a restore, and none is left.
-            return "needs_manifest"
+            return "needs_manifest" if self.needs_manifest else "finished"
         return "waiting" if self.state == "active" else self.state
 
     @property
@@ -894,6 +895,8 @@ class Coordinator:
             effects.append(PublishRelease(name, task.release.number, announce=False))
         if first and task.keyless:
             return effects + self._abandon(task, "superseded") + self._go_on(task, now)
+        if task.round is not None and task.round.complete:
+            return effects + self._close(task)
         if offered is Standing.BEHIND and task.offer_signed is not None:
             effects.append(PublishOffer(name, task.offer_signed))
         if first and task.closing is not None:
@@ -966,9 +969,9 @@ class Coordinator:
             effects.append(MarkRound(task.manifest.version, marked, signed, task.last_round >= marked.round))
             task.offer, task.offer_signed, task.last_round = marked, signed, marked.round
         task.done, task.restored = finished, False
+        task.needs_manifest = not finished and task.last_round >= task.manifest.plan.rounds
         effects += self._restoring(task, task.release, task.release_signed, step)
-        needs = task.phase == "needs_manifest"
-        effects.append(Recovered(task.manifest.task, task.release.number, task.last_round, needs))
+        effects.append(Recovered(task.manifest.task, task.release.number, task.last_round, task.needs_manifest))
         return effects + self._open(task, now)
 
     # -- the operator --
@@ -1306,7 +1309,8 @@ class Coordinator:
             self._reply(received, Outcome.ACCEPTED),
             *self._settled(received, now),
         ]
-        return effects + self._close(task) if current.complete else effects
+        # Before the broker was read back, a newer release may be there that was made of this very round.
+        return effects + self._close(task) if current.complete and self.ready else effects
 
     def _update_spoilt(self, received: HeadReceived, error: RemoteProtocolError, now: Instant) -> list[Effect]:
         answer = self._answer(received)
@@ -1343,6 +1347,8 @@ class Coordinator:
         verdict = current.judge(context.device, received.digest)
         if verdict is not None:
             return self._say(received, verdict)
+        if task.keyless:
+            return self._refuse(received, Outcome.SUPERSEDED, Reason.NO_SUCH_ROUND, "its key is gone, so it ends")
         if context.release != offer.release:
             return self._refuse(received, Outcome.REJECTED, Reason.WRONG_DIGEST, "of another release than the round's")
         return None

@@ -707,6 +707,8 @@ class Service:
         task.reports = self._reports(task, found.number - 1 if collecting else found.number)
         if not collecting:
             task.done = offer.state is OfferState.FINISHED and found.state not in ("finished", "stopped")
+            spent = found.number >= manifest.plan.rounds
+            task.needs_manifest = spent and (found.state, offer.state) == ("superseded", OfferState.CLOSED)
             return task
         current = Round(
             manifest.task,

@@ -11,10 +11,10 @@ from aggregator import coordinator as core
 from aggregator.readback import PATIENCE, Standing, skipped, standing
 from shared import signing, trust
 from shared.errors import Reason, RemoteProtocolError
-from shared.messages import BlobRef, OfferState, ReleaseMessage, Role, RootMessage
+from shared.messages import BlobRef, OfferState, Outcome, ReleaseMessage, Role, RootMessage
 from shared.trust import Position
 from tests.records import NOW, Records, key, weights
-from tests.unit.test_coordinator import RECORDS, UP, Bench, ends, only, run_round, status
+from tests.unit.test_coordinator import RECORDS, UP, Bench, ends, only, receipts, run_round, status
 
 FIRST, ROOT, LAST = UP
 
@@ -100,6 +100,29 @@ def test_deadlines_wait_for_the_broker() -> None:
     bench.machine.ready = False
     assert bench.machine.deadline is None
     assert bench.after(1000) == []
+
+
+def test_what_is_queued_for_a_lost_key_is_answered() -> None:
+    """An old copy of the state has no keys: updates that the broker kept for its round must not end the daemon."""
+    bench = Bench()
+    bench.begin()
+    bench.machine.ready, bench.machine.tasks["points"].keyless = False, True
+    effects = bench.tell(bench.head("a"))
+    assert [(each.outcome, each.reason) for each in receipts(effects)] == [(Outcome.SUPERSEDED, "no_such_round")]
+    assert only(effects, core.Admit) == []
+
+
+def test_a_round_that_is_full_waits_for_the_broker() -> None:
+    """What was queued while we were away counts at once; what follows from it is decided once we know where we are."""
+    bench = Bench()
+    bench.begin()
+    bench.machine.ready = False
+    bench.tell(FIRST)
+    for device in "abc":
+        effects = bench.update(device)
+        assert only(effects, core.Contribute) and not only(effects, core.Reduce)
+    effects = bench.tell(ROOT, *retained(bench), LAST)
+    assert kinds(effects) == [core.ReviseRound, core.Reduce]
 
 
 def test_junk_is_refused() -> None:
@@ -254,7 +277,8 @@ def test_an_aggregator_without_a_memory_adopts_its_own_tasks() -> None:
 def test_two_releases_of_one_number() -> None:
     """Devices hold the broker's; ours goes on under a number that nobody has."""
     before, again = restored()
-    again.machine.ready, again.machine.tasks["points"].restored = True, False
+    again.machine.ready, task = True, again.machine.tasks["points"]
+    task.restored = task.keyless = False
     run_round(again, {"loss": 7.0})
     run_round(again, {"loss": 8.0})
     ours = again.machine.tasks["points"].release.weights

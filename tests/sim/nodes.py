@@ -7,6 +7,7 @@ an acknowledgement; the object is dropped and a new one starts from what lies on
 """
 
 import contextlib
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,6 +49,16 @@ SPIN = 10_000
 """Turns at one moment after which a daemon will never rest."""
 INLINE = 64
 """Bytes that ride along in a simulation, where all is small."""
+
+
+@functools.cache
+def _aggregator_config(path: Path) -> aggregator_settings.AggregatorConfig:
+    return aggregator_settings.load(path, {})
+
+
+@functools.cache
+def _agent_config(path: Path) -> agent_settings.AgentConfig:
+    return agent_settings.load(path, {})
 
 
 class Program:
@@ -153,7 +164,7 @@ class Aggregator(Program):
 
     def __init__(self, world: World, broker: Broker, fleet: Path, folder: Path) -> None:
         super().__init__(world, broker, "aggregator")
-        loaded = aggregator_settings.load(fleet / "aggregator" / "aggregator.toml", {})
+        loaded = _aggregator_config(fleet / "aggregator" / "aggregator.toml")
         limits = structs.replace(loaded.limits, keep_releases=10_000, inline_max=INLINE)
         self.config = structs.replace(
             loaded, state=structs.replace(loaded.state, directory=folder / "aggregator"), limits=limits
@@ -185,7 +196,7 @@ class Device(Program):
             memory_free=1 << 33,
             disk_free=1 << 33,
         )
-        loaded = agent_settings.load(bundle / "agent.toml", {})
+        loaded = _agent_config(bundle / "agent.toml")
         self.config = structs.replace(
             loaded,
             broker=structs.replace(loaded.broker, inline_max=INLINE),

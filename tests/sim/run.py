@@ -1,7 +1,7 @@
 """Whole fleets under faults, one seed each: make a schedule, let it happen, and hold the outcome against the promises.
 
-    python -m tests.sim.run --seeds 0..999          run these schedules; exit 1 and the first failing seed if one fails
-    python -m tests.sim.run --seeds 17 --trace      replay one and show what happened
+    python -m tests.sim.run --seeds 0..999 --jobs 4     run these schedules; the first that fails ends it with its seed
+    python -m tests.sim.run --seeds 17 --trace          replay one and show what happened
 
 Failure conditions (each a bug, whatever the faults were):
 
@@ -26,7 +26,8 @@ Same seed, same schedule: PYTHONHASHSEED is part of it and is set to 0 here.
 """
 
 import argparse
-import collections
+import atexit
+import contextlib
 import itertools
 import os
 import sqlite3
@@ -34,6 +35,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +60,9 @@ CHUNK = 1024
 DEVICES_MAX = 6
 DAYS = 8
 """Virtual days after the last fault within which everything must have come to its end."""
-ROOT = Path(__file__).parents[2]
+PORTION = 10
+"""Schedules that a process takes at a time, where there are many."""
+Trace = Callable[[str], None]
 
 
 class Broken(AssertionError):
@@ -97,8 +103,9 @@ class Schedule:
     trouble: float = 0.0
     """Virtual seconds of faults."""
     versions: dict[int, TaskManifest] = field(default_factory=dict)
+    programs: list[Program] = field(default_factory=list)
 
-    def run(self) -> dict[str, int]:
+    def run(self) -> Counter[str]:
         """All of it; Broken if a promise was. Returns what was seen."""
         dice = self.world.dice
         self.trouble = dice.choice((0.0, 300.0, 1_500.0, 6_000.0))
@@ -114,7 +121,7 @@ class Schedule:
             for number in range(dice.randint(2, DEVICES_MAX))
         ]
         self.aggregator = Aggregator(self.world, self.broker, self.fleet.folder, self.folder)
-        self.programs: list[Program] = [self.aggregator, *self.devices]
+        self.programs = [self.aggregator, *self.devices]
         for program in self.programs:
             self.world.at(dice.uniform(0.0, 20.0), program.start)
         self.world.at(dice.uniform(0.0, 30.0), lambda: self._publish(1))
@@ -279,7 +286,7 @@ class Schedule:
         tasks = {} if service is None else {n: (t.phase, t.last_round) for n, t in service._coordinator.tasks.items()}
         return f"aggregator {'down' if service is None else tasks}, broker {'up' if self.broker.up else 'down'}"
 
-    def _judge(self) -> dict[str, int]:
+    def _judge(self) -> Counter[str]:
         service = self.aggregator.service
         with sqlite3.connect(self.aggregator.config.database) as database:
             database.row_factory = sqlite3.Row
@@ -321,13 +328,14 @@ class Schedule:
         reassembler = service._coordinator.reassembler
         if reassembler.collecting or reassembler.waiting:
             raise Broken(f"{reassembler.collecting} updates are still collected when all is over")
-        return {
-            "releases": len(releases),
-            "rounds": len(rounds),
-            "accepted": accepted,
-            "crashes": sum(program.crashes for program in self.programs),
-            **collections.Counter(f"ended {each['state']}" for each in rounds),
-        }
+        return Counter(
+            schedules=1,
+            releases=len(releases),
+            rounds=len(rounds),
+            accepted=accepted,
+            crashes=sum(program.crashes for program in self.programs),
+            **Counter(f"ended {each['state']}" for each in rounds),
+        )
 
     def _weights(self, name: bytes) -> bytes:
         archived = self.world.archive.get(name)
@@ -358,7 +366,7 @@ def _release(row: Any) -> Signed:
     return wire.unpack(row["signed"], Signed)
 
 
-def run(seed: int, fleet: Fleet, trace: Any = None) -> dict[str, int]:
+def run(seed: int, fleet: Fleet, trace: Trace | None = None) -> Counter[str]:
     """One schedule; raises what went wrong."""
     world = World(seed, trace)
     folder = Path(tempfile.mkdtemp(prefix=f"sim-{seed}-", dir=fleet.folder.parent))
@@ -367,10 +375,63 @@ def run(seed: int, fleet: Fleet, trace: Any = None) -> dict[str, int]:
         with virtual(world):
             return schedule.run()
     finally:
-        for program in getattr(schedule, "programs", []):
+        for program in schedule.programs:
             if program.service is not None:
                 program.release(program.service)
         clean(folder)
+
+
+def checked(seed: int, fleet: Fleet, trace: Trace | None = None) -> Counter[str]:
+    """One schedule; whatever goes wrong names its seed."""
+    try:
+        return run(seed, fleet, trace)
+    except Exception as error:
+        raise Broken(f"seed {seed} fails; replay: python -m tests.sim.run --seeds {seed} --trace") from error
+
+
+@contextlib.contextmanager
+def place() -> Iterator[Path]:
+    """A folder for a fleet, in memory where that is possible: every write here is synchronised to the disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        yield Path(folder)
+
+
+def many(seeds: Iterator[int], seconds: float | None, jobs: int) -> Counter[str]:
+    """Schedules on several cores, all of `seeds` or for so many seconds; the first failure is raised."""
+    end = None if seconds is None else time.monotonic() + seconds
+    seen: Counter[str] = Counter()
+    with ProcessPoolExecutor(jobs, initializer=_begin) as pool:
+        waiting: set[Future[Counter[str]]] = set()
+        while True:
+            while len(waiting) < 2 * jobs and (end is None or time.monotonic() < end):
+                portion = list(itertools.islice(seeds, PORTION))
+                if not portion:
+                    break
+                waiting.add(pool.submit(_portion, portion))
+            if not waiting:
+                return seen
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            try:
+                seen = sum((each.result() for each in done), seen)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+_site: Fleet | None = None
+"""Of this process, where it is one of many."""
+
+
+def _begin() -> None:
+    global _site
+    folder = contextlib.ExitStack()
+    _site = Fleet.make(folder.enter_context(place()))
+    atexit.register(folder.close)
+
+
+def _portion(seeds: list[int]) -> Counter[str]:
+    assert _site is not None
+    return sum((checked(seed, _site) for seed in seeds), Counter())
 
 
 def show(text: str) -> None:
@@ -384,37 +445,23 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="python -m tests.sim.run", description=(__doc__ or "").splitlines()[0])
     options.add_argument("--seeds", default="0..99", help="N or FIRST..LAST (default 0..99)")
     options.add_argument("--trace", action="store_true", help="show what happens")
-    options.add_argument("--seconds", type=float, default=0.0, help="go on for so long, seed after seed")
+    options.add_argument("--seconds", type=float, help="go on after FIRST for so long, seed after seed")
+    options.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     given = options.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":
         return subprocess.call(
             [sys.executable, "-m", "tests.sim.run", *sys.argv[1:]], env=os.environ | {"PYTHONHASHSEED": "0"}
         )
     first, _, last = given.seeds.partition("..")
-    seeds = iter(range(int(first), int(last or first) + 1))
-    end = time.monotonic() + given.seconds
-    memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
-    totals: dict[str, int] = {}
-    count = 0
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        fleet = Fleet.make(Path(folder))
-        seed = int(first)
-        while True:
-            found = next(seeds, None)
-            if found is None:
-                if time.monotonic() >= end:
-                    break
-                found = seed + 1
-            seed = found
-            try:
-                seen = run(seed, fleet, show if given.trace else None)
-            except BaseException:
-                show(f"seed {seed} fails; replay: python -m tests.sim.run --seeds {seed} --trace")
-                raise
-            count += 1
-            for name, value in seen.items():
-                totals[name] = totals.get(name, 0) + value
-    show(f"{count} schedules: " + ", ".join(f"{name} {number}" for name, number in sorted(totals.items())))
+    end = int(first) + 10**9 if given.seconds is not None else int(last or first) + 1
+    seeds = iter(range(int(first), end))
+    if given.trace:
+        with place() as folder:
+            fleet = Fleet.make(folder)
+            seen = sum((checked(seed, fleet, show) for seed in seeds), Counter[str]())
+    else:
+        seen = many(seeds, given.seconds, given.jobs)
+    show(", ".join(f"{name} {number}" for name, number in sorted(seen.items())))
     return 0
 
 

@@ -6,6 +6,7 @@ nothing, or an older snapshot. Retained messages, wills, durable sessions with a
 and manual acknowledgement are as mosquitto has them.
 """
 
+import functools
 import heapq
 import itertools
 import random
@@ -375,6 +376,7 @@ class FakeLink:
         self._node.wake()
 
 
+@functools.lru_cache(1 << 16)
 def matches(filter_: str, topic: str) -> bool:
     """Whether a topic is one that a filter asks for."""
     wanted, found = filter_.split("/"), topic.split("/")

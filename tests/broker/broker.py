@@ -165,10 +165,10 @@ class Peer:
         answer = self._until(0x40)
         return answer[2] if len(answer) > 2 else 0
 
-    def subscribe(self, filter_: str) -> int:
-        """Ask for a filter with QoS 1; the reason code of the acknowledgement."""
+    def subscribe(self, filter_: str, qos: int = 1) -> int:
+        """Ask for a filter; the reason code of the acknowledgement. QoS 0 brings more than 20 messages at once."""
         self._mid += 1
-        self._send(0x82, struct.pack(">H", self._mid) + b"\0" + _text(filter_) + b"\1")
+        self._send(0x82, struct.pack(">H", self._mid) + b"\0" + _text(filter_) + bytes([qos]))
         return self._until(0x90)[-1]
 
     def fence(self) -> list[tuple[str, bytes]]:

@@ -175,8 +175,13 @@ LIST: dict[str, tuple[str, ...] | Later] = {
         f"{DOWNLOADS}test_odd_chunks",
         f"{DOWNLOADS}test_bad_request",
         f"{DOWNLOADS}test_junk_as_presence",
+        "tests/hostile/test_readback.py::test_junk",
+        "tests/hostile/test_readback.py::test_bad_roots",
     ),
     "retained junk": (
+        "tests/hostile/test_readback.py::test_junk",
+        "tests/hostile/test_readback.py::test_bad_releases",
+        "tests/hostile/test_readback.py::test_bad_offers",
         f"{RELEASES}test_retained_junk",
         f"{UPLOADS}test_retained_junk_below_a_device",
         f"{AGENT}test_retained_junk",

@@ -156,7 +156,7 @@ class Site:
             releases = {f"models/{task}/release": signed for task, signed, _ in self._query(released)}
             self._watcher.fence()
             # Asking again brings what is retained again.
-            assert self._watcher.subscribe("models/#") < 128
+            assert self._watcher.subscribe("models/#", 0) < 128
             kept = dict(self._watcher.fence())
             if not all(signed in kept.get(topic, b"") for topic, signed in releases.items()):
                 return None

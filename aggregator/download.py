@@ -19,7 +19,7 @@ from shared.fetch import Fetch, Progress
 from shared.files import write_durably
 from shared.logs import tell
 from shared.machine import Instant
-from shared.messages import ReleaseMessage
+from shared.messages import BlobRef, ReleaseMessage
 from shared.spool import Spool
 from shared.topics import Topics
 
@@ -73,9 +73,14 @@ class Downloads:
             except OSError as error:
                 # A restart would forget it; so would one a moment ago.
                 tell(Event.STORAGE_FAILED, path=str(self._folder), cause=error.strerror or str(error))
-        for other in [each for each in self._waiting if each.manifest.task == name]:
+        overtaken = [each for each in self._waiting if each.manifest.task == name]
+        for other in overtaken:
             self._give_up(other)
         self._waiting.append(found)
+        wanted = {each.release.weights.sha256 for each in self._waiting}
+        for other in overtaken:
+            if other.release.weights.sha256 not in wanted:
+                self._spool_of(other.release.weights).discard()
         return self._next(now)
 
     def connected(self, now: Instant) -> None:
@@ -128,7 +133,7 @@ class Downloads:
         blob = found.release.weights
         if self._there(blob.sha256, blob.size):
             return self._done(core.WeightsArrived(found), now)
-        spool = Spool(self._folder / f"{blob.sha256.hex()}.chunks", blob, RESERVE)
+        spool = self._spool_of(blob)
         try:
             missing = spool.missing()
         except StorageError as error:
@@ -201,6 +206,9 @@ class Downloads:
         for path in self._folder.glob("*.release"):
             if path not in wanted:
                 path.unlink()
+
+    def _spool_of(self, blob: BlobRef) -> Spool:
+        return Spool(self._folder / f"{blob.sha256.hex()}.chunks", blob, RESERVE)
 
     def _file(self, found: Found) -> Path:
         return self._folder / f"{found.manifest.task}.{found.manifest.version}.release"

@@ -161,6 +161,18 @@ def test_a_newer_release_takes_the_place(inlet: Inlet) -> None:
     assert inlet.downloads.pending() == []
 
 
+def test_what_made_room_leaves_nothing(inlet: Inlet) -> None:
+    """The chunks of a release that a newer one overtook go from the disk, unless the newer one has the same weights."""
+    inlet.downloads.connected(inlet.now)
+    inlet.downloads.begin(release(1), inlet.now)
+    inlet.chunk(0)
+    inlet.downloads.begin(release(2), inlet.now)
+    assert TOPICS.chunk(chunks.describe(DATA, SIZE).sha256.hex(), 0) not in inlet.wanted, "it is there already"
+    inlet.downloads.begin(release(3, weights(0.7)), inlet.now)
+    there = [path.name for path in (inlet.folder / "spool").glob("*.chunks")]
+    assert there == [f"{chunks.describe(weights(0.7), SIZE).sha256.hex()}.chunks"]
+
+
 def test_a_full_disk_is_tried_again(inlet: Inlet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is given up for it: what came stays, the rest is asked for a minute later."""
     found = release()

@@ -81,8 +81,10 @@ class Fetch:
     def arrived(self, index: int, payload: bytes | bytearray | memoryview, now: float) -> Step:
         """Take a chunk of this blob; RemoteProtocolError, and nothing has changed, for one that does not belong."""
         if index not in self._asked:
-            if index in self._settled:
-                return Step(False, (), (), Progress.GOING)  # published once more
+            # They are asked for in rising order, so what lies before the next one is here: it was published once more,
+            # or was on its way when it was unsubscribed.
+            if 0 <= index < (self._waiting[-1] if self._waiting else len(self.blob.chunks)):
+                return Step(False, (), (), Progress.GOING)
             raise RemoteProtocolError(Reason.UNASKED, f"chunk {index} of {self.blob.sha256.hex()[:16]}")
         if not len(payload):
             return Step(False, self.given_up(), (), Progress.GONE)

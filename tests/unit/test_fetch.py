@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shared import chunks
 from shared.errors import Reason, RemoteProtocolError
-from shared.fetch import PATIENCE, WINDOW, Fetch, Progress
+from shared.fetch import PATIENCE, WINDOW, Fetch, Progress, Step
 
 DATA = bytes(range(256)) * 40
 SIZE = 100
@@ -79,6 +79,21 @@ def test_a_repeated_chunk_is_not_written_again() -> None:
     fetch.connected(0.0)
     assert fetch.arrived(3, piece(3), 1.0).write
     assert not fetch.arrived(3, piece(3), 2.0).write
+
+
+def test_a_chunk_may_cross_with_its_unsubscribing() -> None:
+    """What the broker had sent before it was told is no fault of anybody, and is not written again."""
+    fetch = Fetch(BLOB, range(5, COUNT), 0.0)
+    fetch.connected(0.0)
+    steps = [fetch.arrived(index, piece(index), 1.0) for index in range(5, 5 + WINDOW // 2)]
+    assert steps[-1].unsubscribe == tuple(range(5, 5 + WINDOW // 2))
+    left = fetch.left
+    for index in (0, 5, 5 + WINDOW // 2 - 1):
+        assert fetch.arrived(index, piece(index), 2.0) == Step(False, (), (), Progress.GOING)
+    assert fetch.left == left
+    for index in (-1, COUNT - 1, COUNT):
+        with pytest.raises(RemoteProtocolError):
+            fetch.arrived(index, piece(index), 2.0)
 
 
 def test_an_empty_payload_says_gone() -> None:

@@ -178,6 +178,8 @@ class Downloads:
             self._leave(self._fetch.given_up())
         if self._spool is not None:
             self._spool.discard()
+        if not found.kept:
+            self._file(found).unlink(missing_ok=True)
         return self._done(core.WeightsLost(found), now)
 
     def _done(self, event: core.WeightsArrived | core.WeightsLost, now: Instant) -> list[core.Event]:

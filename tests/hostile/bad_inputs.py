@@ -17,6 +17,7 @@ class Later:
 
 UPDATES, UPLOADS = "tests/hostile/test_updates.py::", "tests/hostile/test_uploads.py::"
 RELEASES, DOWNLOADS = "tests/hostile/test_releases.py::", "tests/hostile/test_downloads.py::"
+PUBLISHING, READBACK = "tests/hostile/test_publishing.py::", "tests/hostile/test_readback.py::"
 AGENT, BROKER = "tests/hostile/test_agent.py::", "tests/broker/test_identity.py::"
 FUZZ = "tests/fuzz/test_fuzz.py::test_bad_input_is_refused"
 
@@ -69,21 +70,28 @@ LIST: dict[str, tuple[str, ...] | Later] = {
         *_offers("of_another_task"),
     ),
     # chunks, up and down
-    "truncated chunk": (f"{UPLOADS}test_odd_chunk[truncated]", f"{DOWNLOADS}test_odd_chunks"),
+    "truncated chunk": (
+        f"{UPLOADS}test_odd_chunk[truncated]",
+        f"{DOWNLOADS}test_odd_chunks",
+        f"{PUBLISHING}test_odd_chunks",
+    ),
     "missing chunk": (
         f"{UPLOADS}test_a_chunk_that_never_comes",
         f"{DOWNLOADS}test_a_chunk_that_is_withdrawn",
+        f"{PUBLISHING}test_withdrawn_chunks",
         "tests/unit/test_fetch.py::test_patience_counts_only_while_connected",
     ),
     "repeated chunk": (
         f"{UPLOADS}test_odd_chunk[repeated]",
         f"{UPLOADS}test_odd_chunk[repeated_and_different]",
         f"{DOWNLOADS}test_repeated_chunks",
+        f"{PUBLISHING}test_reordered_and_repeated_chunks",
     ),
     "reordered chunks": (
         f"{UPLOADS}test_reordered_chunks",
         f"{UPLOADS}test_spoilt_body[two_in_each_others_place]",
         f"{DOWNLOADS}test_reordered_chunks",
+        f"{PUBLISHING}test_reordered_and_repeated_chunks",
     ),
     "extra chunk": (f"{UPLOADS}test_odd_chunk[extra]",),
     "unasked chunk": (
@@ -95,7 +103,13 @@ LIST: dict[str, tuple[str, ...] | Later] = {
     # bit flips
     "bit flip in a head": _rejected("flipped_head"),
     "bit flip in an encapsulation": _rejected("flipped_encapsulation_signed"),
-    "bit flip in a chunk": (f"{UPLOADS}test_spoilt_body[flipped_bit]", f"{DOWNLOADS}test_odd_chunks"),
+    "bit flip in a chunk": (
+        f"{UPLOADS}test_spoilt_body[flipped_bit]",
+        f"{DOWNLOADS}test_odd_chunks",
+        f"{DOWNLOADS}test_a_signer_who_contradicts_himself",
+        f"{PUBLISHING}test_odd_chunks",
+        f"{PUBLISHING}test_chunks_that_are_no_weights[contradiction]",
+    ),
     "bit flip in a body": _rejected("flipped_body", "flipped_body_signed", "flipped_tag_signed"),
     "bit flip in a signature": (*_rejected("flipped_signature"), *_offers("flipped_signature")),
     "bit flip in a receipt": (f"{AGENT}test_bad_receipt[flipped_payload]",),
@@ -131,7 +145,11 @@ LIST: dict[str, tuple[str, ...] | Later] = {
     ),
     "client-id hijack": (f"{BROKER}test_client_id_hijack",),
     # numbers
-    "NaN": (*_rejected("nan", "metric_nan"), f"{RELEASES}test_bad_release[weights_nan]"),
+    "NaN": (
+        *_rejected("nan", "metric_nan"),
+        f"{RELEASES}test_bad_release[weights_nan]",
+        f"{PUBLISHING}test_chunks_that_are_no_weights[nan]",
+    ),
     "Inf": (*_rejected("infinity", "metric_infinite"), f"{RELEASES}test_bad_release[weights_infinite]"),
     "1e38": _rejected("1e38", "norm_above_the_clip"),
     "denormals": (f"{UPDATES}test_denormals",),
@@ -156,6 +174,7 @@ LIST: dict[str, tuple[str, ...] | Later] = {
         f"{UPLOADS}test_bad_head",
         f"{DOWNLOADS}test_a_reference_that_lies",
         f"{DOWNLOADS}test_a_reference_that_contradicts_itself",
+        f"{PUBLISHING}test_a_reference_that_lies",
     ),
     "chunk count 2^32": (
         f"{UPLOADS}test_bad_head[2_32_chunks]",
@@ -175,13 +194,13 @@ LIST: dict[str, tuple[str, ...] | Later] = {
         f"{DOWNLOADS}test_odd_chunks",
         f"{DOWNLOADS}test_bad_request",
         f"{DOWNLOADS}test_junk_as_presence",
-        "tests/hostile/test_readback.py::test_junk",
-        "tests/hostile/test_readback.py::test_bad_roots",
+        f"{READBACK}test_junk",
+        f"{READBACK}test_bad_roots",
     ),
     "retained junk": (
-        "tests/hostile/test_readback.py::test_junk",
-        "tests/hostile/test_readback.py::test_bad_releases",
-        "tests/hostile/test_readback.py::test_bad_offers",
+        f"{READBACK}test_junk",
+        f"{READBACK}test_bad_releases",
+        f"{READBACK}test_bad_offers",
         f"{RELEASES}test_retained_junk",
         f"{UPLOADS}test_retained_junk_below_a_device",
         f"{AGENT}test_retained_junk",
@@ -216,6 +235,8 @@ LIST: dict[str, tuple[str, ...] | Later] = {
         "tests/hostile/test_clocks.py::test_an_expired_release_under_an_old_clock",
     ),
     "kill -9 between any two steps": (
+        "tests/sim/test_sim.py::test_schedules",
+        "tests/broker/test_chaos.py::test_a_hundred_kills",
         "tests/broker/test_aggregator.py::test_killed_while_updates_arrive",
         "tests/broker/test_aggregator.py::test_killed_between_closing_and_publication",
         "tests/hostile/test_interrupted.py::test_a_download_over_a_killed_agent",

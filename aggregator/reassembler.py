@@ -123,6 +123,7 @@ class Reassembler(Generic[T]):
     @property
     def deadline(self) -> float | None:
         """When `tick` is wanted, in the caller's seconds."""
+        # The same sums as in `tick`: a difference is rounded otherwise, and a deadline that it missed would come again.
         bounds = self._bounds
         due = [
             min(max(each.heard, each.said) + bounds.silence, each.heard + bounds.timeout)
@@ -197,9 +198,9 @@ class Reassembler(Generic[T]):
         """Ask again where it has been silent; give up what has been silent for too long."""
         step = Step[T]()
         for update in list(self._collecting.values()):
-            if now - update.heard >= self._bounds.timeout:
+            if update.heard + self._bounds.timeout <= now:
                 self._evict(update, step)
-            elif now - max(update.heard, update.said) >= self._bounds.silence:
+            elif max(update.heard, update.said) + self._bounds.silence <= now:
                 self._ask(update, step, now, again=True)
         self._look_for_room(step, now)
         return step

@@ -238,6 +238,15 @@ def test_the_silent_are_asked_again_and_given_up() -> None:
     assert found.deadline is None
 
 
+def test_a_deadline_is_met_at_its_very_moment() -> None:
+    """Whatever is lost in rounding: a tick at the deadline does what it was for, and the daemon does not turn idly."""
+    for now in (1462.8645133415284, *(number / 7 for number in range(1000, 2000))):
+        found = Reassembler[str](Bounds())
+        begin(found, "a", "x", 3, now)
+        while found.deadline is not None:
+            assert found.tick(found.deadline) != Step()
+
+
 def test_what_is_not_wanted_any_more_is_dropped() -> None:
     """Collected or waiting; those that waited for its room begin."""
     found = Reassembler[str](SMALL)

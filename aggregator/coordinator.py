@@ -215,7 +215,7 @@ class UpdateSpoilt:
 
 @dataclass(frozen=True, slots=True)
 class HeadRecalled:
-    """What was said of a head of an earlier round; None if nothing is on record."""
+    """What was said of a head of an earlier round or manifest; None if nothing is on record."""
 
     received: HeadReceived
     verdict: Verdict | None
@@ -476,10 +476,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Look an earlier round's head up."""
+    """Look up a head that is not of the open round: under this version, or (None) under whichever it was counted."""
 
     received: HeadReceived
-    manifest_version: int
+    manifest_version: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1325,9 +1325,12 @@ class Coordinator:
         ]
 
     def _head_recalled(self, received: HeadReceived, verdict: Verdict | None) -> list[Effect]:
-        if verdict is None:
-            return self._refuse(received, Outcome.LATE, Reason.LATE, f"round {received.context.round} is over")
-        return self._say(received, verdict)
+        if verdict is not None:
+            return self._say(received, verdict)
+        context = received.context
+        if context.manifest != signing.digest(self.tasks[context.task].manifest_signed):
+            return self._refuse(received, Outcome.SUPERSEDED, Reason.WRONG_MANIFEST, "of another manifest")
+        return self._refuse(received, Outcome.LATE, Reason.LATE, f"round {context.round} is over")
 
     def _answer(self, received: HeadReceived) -> list[Effect] | None:
         """What to say to a head that cannot count, or did already; None as long as it can."""
@@ -1336,7 +1339,7 @@ class Coordinator:
         if task is None:
             return self._refuse(received, Outcome.UNKNOWN, Reason.WRONG_TASK, f"no task {context.task} here")
         if context.manifest != signing.digest(task.manifest_signed):
-            return self._refuse(received, Outcome.SUPERSEDED, Reason.WRONG_MANIFEST, "of another manifest")
+            return [Recall(received, None)]
         if context.round > task.last_round:
             return self._refuse(
                 received, Outcome.UNKNOWN, Reason.NO_SUCH_ROUND, f"round {context.round} is not open yet"

@@ -175,10 +175,13 @@ class Intake:
         )
 
     def recall(self, effect: core.Recall) -> core.HeadRecalled:
-        """What the store says of a head of an earlier round."""
+        """What the store says of a head of an earlier round or manifest."""
         received = effect.received
         context = received.context
-        row = self._store.recall(context.task, effect.manifest_version, context.round, context.device)
+        if effect.manifest_version is None:
+            row = self._store.recall_head(context.task, context.round, context.device, received.digest)
+        else:
+            row = self._store.recall(context.task, effect.manifest_version, context.round, context.device)
         if row is None:
             return core.HeadRecalled(received, None)
         same = row.head_digest == received.digest

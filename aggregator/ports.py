@@ -189,6 +189,9 @@ class Store(Protocol):
     def recall(self, task: str, manifest_version: int, origin_round: int, device: str) -> Contribution | None:
         """What a device's update to a round became, if it had one."""
 
+    def recall_head(self, task: str, origin_round: int, device: str, head_digest: bytes) -> Contribution | None:
+        """What this very head of a device became, under any manifest."""
+
     def weights_in_use(self, keep: int) -> set[bytes]:
         """Names of the weights of the newest `keep` releases of each task's newest manifest."""
 

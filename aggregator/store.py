@@ -354,6 +354,18 @@ class Store(ports.Store):
             row = self._connection.execute(query).one_or_none()
             return None if row is None else _contribution(row)
 
+    def recall_head(self, task: str, origin_round: int, device: str, head_digest: bytes) -> Contribution | None:
+        """What this very head of a device became, under any manifest."""
+        query = sa.select(_contributions).where(
+            _contributions.c.task == task,
+            _contributions.c.origin_round == origin_round,
+            _contributions.c.device == device,
+            _contributions.c.head_digest == head_digest,
+        )
+        with self._reading():
+            row = self._connection.execute(query).one_or_none()
+            return None if row is None else _contribution(row)
+
     def weights_in_use(self, keep: int) -> set[bytes]:
         """Names of the weights of the newest `keep` releases of each task's newest manifest."""
         key = (_releases.c.task, _releases.c.manifest_version)

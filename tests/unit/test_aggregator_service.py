@@ -304,6 +304,19 @@ def test_a_round_that_is_over_is_recalled(bench: Bench) -> None:
     assert bench.updates == 0
 
 
+def test_what_counted_under_an_older_manifest_stays_accepted(bench: Bench) -> None:
+    """A device whose receipt was lost asks again after a newer manifest came; another head of its is superseded."""
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600))
+    offered = bench.offer
+    good = records.update(bench.device, offered)
+    bench.batch(bench.sent(good))
+    bench.adopt(3, plan=Plan(goal=1, min_updates=1, rounds=9, deadline=3600))
+    bench.batch(bench.sent(good))
+    assert bench.service._refused == {}
+    bench.batch(bench.sent(records.update(bench.device, offered, delta=spike(0.5))))
+    assert bench.service._refused == {"wrong_manifest": 1}
+
+
 def test_a_denied_device_is_not_waited_for(bench: Bench) -> None:
     """Its word that it would train counts for nothing: it must not open a round that it can only starve."""
     task = bench.service._coordinator.tasks[TASK]

@@ -273,6 +273,10 @@ def test_recall(tmp_path: Path) -> None:
         store.end_round("points", 1, 1, "released", NOW + 1)
     assert store.recall("points", 1, 1, "a") == row("a", 1)
     assert store.recall("points", 2, 1, "a") == row("a", 7, manifest_version=2)
+    for each in (row("a", 1), row("a", 7, manifest_version=2)):
+        assert store.recall_head("points", 1, "a", each.head_digest) == each
+    for number, device, head in [(3, "a", row("a", 1).head_digest), (1, "b", row("a", 1).head_digest), (1, "a", b"")]:
+        assert store.recall_head("points", number, device, head) is None
     for task, version, number, device in [("points", 1, 3, "a"), ("points", 1, 1, "b"), ("lines", 1, 1, "a")]:
         assert store.recall(task, version, number, device) is None
     store.close()

@@ -17,9 +17,8 @@ def test_an_update_that_opens_after_a_new_manifest_does_not_count_in_its_round()
     assert isinstance(opened, core.Open)
     bench.tell(core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=2))))
     assert bench.offer.round == head.context.round
-    effects = bench.tell(core.UpdateOpened(head, BODY))
-    assert not any(isinstance(each, core.Contribute) for each in effects)
-    assert [each.outcome for each in receipts(effects)] == [Outcome.SUPERSEDED]
+    assert bench.tell(core.UpdateOpened(head, BODY)) == [core.Recall(head, None)]
+    assert bench.outcomes(core.HeadRecalled(head, None)) == [Outcome.SUPERSEDED]
 
 
 def test_one_update_twice_in_a_batch_is_one_update_and_no_refusal() -> None:
@@ -41,7 +40,7 @@ def test_a_head_that_is_admitted_after_a_new_manifest_is_not_asked() -> None:
     head = bench.head("a", parts=3)
     bench.tell(head, core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=2))))
     effects = bench.tell(core.HeadAdmitted(head))
-    assert [type(each) for each in effects] == [core.Refuse, core.Reply]
+    assert effects == [core.Recall(head, None)]
 
 
 def test_the_last_chunk_of_a_round_that_is_over() -> None:

@@ -1,9 +1,7 @@
 """Downloads of blobs from a broker gone bad, over crashes and damaged disks: what is kept is what was signed."""
 
 import os
-import tempfile
 from dataclasses import dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from random import Random
@@ -16,7 +14,7 @@ from shared.fetch import WINDOW, Fetch, Progress
 from shared.messages import BlobRef
 from shared.spool import Spool
 from tests.fuzz.mutate import NUMBERS, spoil
-from tests.fuzz.target import Target
+from tests.fuzz.target import Target, folder
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,6 @@ class Session:
 
 
 _LIES = ("", "", "", "", "digest", "hash", "huge", "one_huge")
-
-
-@cache
-def _folder() -> Path:
-    shared = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="fieldfare-fuzz-", dir=shared if os.access(shared, os.W_OK) else None))
 
 
 def _make(rng: Random) -> Session:
@@ -66,7 +58,7 @@ def _judge(session: Session) -> bool:
     """Only chunks that hash as signed are written, each once, in its place; what is whole is as signed or refused."""
     rng = Random(session.seed)
     blob = _reference(session)
-    path, target = _folder() / "part", _folder() / "whole"
+    path, target = folder("downloads") / "part", folder("downloads") / "whole"
     path.unlink(missing_ok=True)
     target.unlink(missing_ok=True)
     pieces = [bytes(piece) for piece in chunks.pieces(session.data, session.chunk)]

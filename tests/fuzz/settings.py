@@ -1,7 +1,5 @@
 """Configurations and task files: whatever stands in them, what comes back is settings or a ConfigError."""
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +15,7 @@ from shared.errors import ConfigError
 from shared.messages import TaskManifest
 from shared.opset import OPSET_VERSION
 from tests.fuzz.mutate import edit
-from tests.fuzz.target import Target
+from tests.fuzz.target import Target, folder
 from tests.records import LAYOUT, NOW, Records
 
 _SAMPLES = Path(__file__).parents[2] / "docs" / "samples"
@@ -56,9 +54,8 @@ class Files:
 
 @cache
 def _folder() -> Path:
-    """A folder with the files that the samples name; it lies in memory where there is such a place."""
-    shared = Path("/dev/shm")
-    made = Path(tempfile.mkdtemp(prefix="fieldfare-fuzz-", dir=shared if os.access(shared, os.W_OK) else None))
+    """A folder with the files that the samples name."""
+    made = folder("settings")
     for name in _BESIDE:
         (made / name).write_bytes(b"")
     for name in SOURCES:
@@ -82,8 +79,8 @@ def _make(rng: Random) -> Files:
 
 def judge(files: Files) -> bool:
     """ConfigError with a word of advice, or settings that are whole; a task's make a manifest that everybody reads."""
-    folder = _folder()
-    path, beside = folder / files.name, folder / f"{files.name}.d" / "10-more.toml"
+    there = _folder()
+    path, beside = there / files.name, there / f"{files.name}.d" / "10-more.toml"
     path.write_bytes(files.text.encode("utf-8", "surrogateescape"))
     beside.unlink(missing_ok=True)
     if files.drop_in is not None:

@@ -1,7 +1,11 @@
 """A parser under attack: how its bad input is made, and what must be true of everything that it takes or refuses."""
 
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -22,3 +26,15 @@ class Target:
     """How many hypothesis tries in `make test`."""
     soak: int = 1_000_000
     """How many inputs `make soak` tries; fewer where one input is a whole session or a computation."""
+
+
+@cache
+def _folder(name: str) -> "tempfile.TemporaryDirectory[str]":
+    shared = Path("/dev/shm")
+    where = shared if os.access(shared, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix=f"fieldfare-fuzz-{name}-", dir=where)
+
+
+def folder(name: str) -> Path:
+    """A folder for as long as this process lives; it lies in memory where there is such a place."""
+    return Path(_folder(name).name)

@@ -2,12 +2,18 @@
 
 Only what touches the outside is replaced: the link (tests.sim.world), the clock, os.urandom, the sensors, and the
 trainer child, in whose place a one-hot delta is sealed for real. So the order of commit, effects and acknowledgement is
-the product's own. A crash is an exception between two steps: before or after a commit, a file, an effect, a message or
-an acknowledgement; the object is dropped and a new one starts from what lies on the disk.
+the product's own. (Measured before that was decided: a schedule takes about 0.2 s, of which the real SQLite store and
+the files, on a file system in memory, are a fifth.)
+
+A crash is an exception between two steps: before, in or after a commit, a file, an effect, a message or an
+acknowledgement; the object is dropped and a new one starts from what lies on the disk. A disk that is full refuses
+every write until there is room again, while the world goes on around the daemon that waits for it.
 """
 
 import contextlib
+import errno
 import functools
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,9 +21,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import sqlalchemy as sa
 import structlog
 from msgspec import structs
 
@@ -25,13 +32,17 @@ import aggregator.blobs
 import aggregator.download
 import aggregator.quarantine
 import aggregator.service
+import aggregator.sqlite
 import edge_agent.clock
 import edge_agent.outbox
 import edge_agent.service
 import edge_agent.store
 import shared.driver
 import shared.files
+import shared.logs
+import shared.spool
 from aggregator import config as aggregator_settings
+from aggregator import control
 from aggregator.ports import BlobLost
 from edge_agent import config as agent_settings
 from edge_agent import participation
@@ -40,52 +51,71 @@ from edge_agent.config import Data
 from edge_agent.eligibility import DeviceFacts, Policy
 from edge_agent.jobs import Done, Failed, Job
 from shared import codec, sealing
+from shared.control import ControlRequest
+from shared.errors import StorageError
 from shared.layout import FLOATING, size
 from shared.machine import Instant
 from shared.messages import PlainBody
 from tests.sim.world import Broker, Crash, FakeLink, World
 
+_make_engine = aggregator.sqlite.engine
+
 SPIN = 10_000
 """Turns at one moment after which a daemon will never rest."""
-INLINE = 64
-"""Bytes that ride along in a simulation, where all is small."""
 
 
-@functools.cache
-def _aggregator_config(path: Path) -> aggregator_settings.AggregatorConfig:
-    return aggregator_settings.load(path, {})
+class Watcher(Protocol):
+    """Who is told of all that is decided; raises where a promise is broken."""
 
+    def sent(self, program: "Program", topic: str, payload: bytes) -> None:
+        """A program hands a message to its link."""
 
-@functools.cache
-def _agent_config(path: Path) -> agent_settings.AgentConfig:
-    return agent_settings.load(path, {})
+    def stored(self, program: "Program", effects: Sequence[Any]) -> None:
+        """What these effects ask for is durable now."""
+
+    def answered(self, device: "Device", effect: participation.Settled) -> None:
+        """A device has taken a receipt."""
 
 
 class Program:
     """A daemon that runs, crashes and comes back. `make` builds its service from its folder."""
 
-    def __init__(self, world: World, broker: Broker, name: str) -> None:
-        self.world, self.broker, self.name = world, broker, name
+    def __init__(self, world: World, broker: Broker, watcher: Watcher, name: str) -> None:
+        self.world, self.broker, self.watcher, self.name = world, broker, watcher, name
         self.service: Any = None
         self.reachable = True
         self.skew = 0.0
         """Seconds by which its wall clock is off."""
-        self.crashes = 0
+        self.frailty = 0.0
+        """Of each step: that it crashes there."""
+        self.full = False
+        """Whether its disk is."""
+        self.off_until = 0.0
+        """It does not start before."""
+        self.crashes = self.refusals = 0
+        self.pending: Sequence[Any] = ()
+        """What is being committed."""
         self._countdown: int | None = None
         self._due: float | None = None
-        self._woken = False
+        self._woken = self._waits = False
 
     def make(self) -> Any:
         """A service that has started."""
         raise NotImplementedError
 
+    # -- life and death --
+
     def start(self) -> None:
         """From what lies on the disk."""
         if self.service is not None:
             return
+        if self.world.now < self.off_until:
+            self.world.at(self.off_until - self.world.now, self.start)
+            return
         self.world.say(f"{self.name} starts")
         with self._running():
             self.service = self.make()
+            self.service._ending = _Patience(self)
             _stepped(self.service, self)
             self.service._link.start()
             self._turn()
@@ -95,8 +125,8 @@ class Program:
         self._countdown = steps
 
     def calm(self) -> None:
-        """No crash any more."""
-        self._countdown = None
+        """No fault of its own any more."""
+        self._countdown, self.frailty, self.full, self.skew, self.reachable = None, 0.0, False, 0.0, True
 
     def step(self) -> None:
         """Between two steps: perhaps the end."""
@@ -105,6 +135,50 @@ class Program:
             if self._countdown <= 0:
                 self._countdown = None
                 raise Crash
+        if self.frailty and self.world.chance(self.frailty):
+            raise Crash
+
+    def sleep(self, seconds: float) -> None:
+        """The power goes, and comes back after so long."""
+        self.off_until = max(self.off_until, self.world.now + seconds)
+        if self.service is not None and not self._waits:
+            self._crash()
+
+    def refuse(self, path: Path) -> None:
+        """A write: OSError if the disk is full."""
+        if self.full:
+            self.refusals += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def pause(self, seconds: float) -> None:
+        """Its owner thread waits; the world goes on, and what comes for it is left in the mailbox."""
+        running, self.world.running, self._waits = self.world.running, None, True
+        try:
+            self.world.run(self.world.now + seconds, lambda: False)
+        finally:
+            self.world.running, self._waits = running, False
+        if self.world.now < self.off_until:
+            raise Crash
+
+    def _crash(self) -> None:
+        self.crashes += 1
+        self.world.say(f"{self.name} crashes")
+        service, self.service, self._due = self.service, None, None
+        if service is None:
+            gc.collect()  # half made, and holding its lock
+        else:
+            service._link.die()
+            self.release(service)
+        self.world.at(self.world.dice.choice((1.0, 30.0, 600.0)), self.start)
+
+    def release(self, service: Any) -> None:
+        """Let the dead process's files go, as the kernel does."""
+
+    # -- work --
+
+    def sends(self, topic: str, payload: bytes) -> None:
+        """It hands a message to its link."""
+        self.watcher.sent(self, topic, payload)
 
     def wake(self) -> None:
         """Something was left in its mailbox: look soon, so that some come together."""
@@ -113,18 +187,23 @@ class Program:
             self.world.at(self.world.dice.choice((0.0, 0.001, 0.2)), self._look)
 
     def _look(self) -> None:
+        if self._waits:
+            self.world.at(1.0, self._look)
+            return
         self._woken = False
         if self.service is not None:
             with self._running():
                 self._turn()
 
     def _turn(self) -> None:
+        service = self.service
         for _ in range(SPIN):
-            if not self.service._driver.turn(0.0):
+            service._driver.turn(0.0)
+            due = service.deadline
+            if not service.mailbox._events and (due is None or due > self.world.now):
                 break
         else:
             raise AssertionError(f"{self.name} spins")
-        due = self.service.deadline
         if due is not None:
             due = max(due, self.world.now + 0.001)
             if self._due is None or due < self._due or self._due <= self.world.now:
@@ -146,28 +225,31 @@ class Program:
         finally:
             self.world.running = before
 
-    def _crash(self) -> None:
-        self.crashes += 1
-        self.world.say(f"{self.name} crashes")
-        service, self.service, self._due = self.service, None, None
-        if service is not None:
-            service._link.die()
-            self.release(service)
-        self.world.at(self.world.dice.choice((1.0, 30.0, 600.0)), self.start)
 
-    def release(self, service: Any) -> None:
-        """Let the dead process's files go, as the kernel does."""
+class _Patience:
+    """In the place of the event that ends a wait for the disk: nobody stops a simulated daemon."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+
+    def is_set(self) -> bool:
+        return False
+
+    def wait(self, seconds: float) -> bool:
+        self._program.pause(seconds)
+        return False
 
 
 class Aggregator(Program):
     """The aggregator."""
 
-    def __init__(self, world: World, broker: Broker, fleet: Path, folder: Path) -> None:
-        super().__init__(world, broker, "aggregator")
+    def __init__(self, world: World, broker: Broker, watcher: Watcher, fleet: Path, folder: Path, inline: int) -> None:
+        super().__init__(world, broker, watcher, "aggregator")
         loaded = _aggregator_config(fleet / "aggregator" / "aggregator.toml")
-        limits = structs.replace(loaded.limits, keep_releases=10_000, inline_max=INLINE)
         self.config = structs.replace(
-            loaded, state=structs.replace(loaded.state, directory=folder / "aggregator"), limits=limits
+            loaded,
+            state=structs.replace(loaded.state, directory=folder / "aggregator"),
+            limits=structs.replace(loaded.limits, inline_max=inline),
         )
 
     def make(self) -> Any:
@@ -178,15 +260,26 @@ class Aggregator(Program):
         service._blobs.close()
         service._lock.close()
 
+    def command(self, verb: Any, task: str, to: int | None = None) -> None:
+        """The operator asks for something; nobody listens at a dead daemon's door."""
+        if self.service is None:
+            return
+        self.world.say(f"operator: {verb} {task} {'' if to is None else to}")
+        told = lambda facts: self.world.say(f"aggregator answers {facts}")  # noqa: E731
+        self.service.mailbox.post(ControlRequest(control.Request(verb, task, to), told))
+        self.wake()
+
 
 class Device(Program):
-    """A device that contributes the unit vector of its number."""
+    """A device that contributes the unit vector of its number, over `examples` examples."""
 
-    def __init__(self, world: World, broker: Broker, number: int, bundle: Path, folder: Path) -> None:
-        super().__init__(world, broker, bundle.name)
-        self.number = number
-        self.answers: list[tuple[str, int, int, str]] = []
-        """(task, manifest version, round, outcome) of every receipt that it has settled."""
+    def __init__(
+        self, world: World, broker: Broker, watcher: Watcher, number: int, bundle: Path, folder: Path, inline: int
+    ) -> None:
+        super().__init__(world, broker, watcher, bundle.name)
+        self.number, self.examples = number, 10 + 7 * number
+        self.clumsy = 0.0
+        """Of each training: that it comes to nothing."""
         self.facts = DeviceFacts(
             local=datetime.fromtimestamp(0, UTC),
             cpu_pressure=0.0,
@@ -199,9 +292,11 @@ class Device(Program):
         loaded = _agent_config(bundle / "agent.toml")
         self.config = structs.replace(
             loaded,
-            broker=structs.replace(loaded.broker, inline_max=INLINE),
+            broker=structs.replace(loaded.broker, inline_max=inline),
             device=structs.replace(loaded.device, state_dir=folder / bundle.name, run_dir=folder / "run"),
-            policy=Policy(settle=0.0, sense=3600.0, sense_training=600.0),
+            policy=Policy(
+                settle=0.0, sense=20_000.0, sense_training=600.0
+            ),  # it is woken when there is something to see
             data={"d": Data(path=folder / "d.npz")},
         )
 
@@ -210,6 +305,18 @@ class Device(Program):
         service._sensors = self  # type: ignore[assignment]
         service._trainer = FakeTrainer(self, service.mailbox.post)  # type: ignore[assignment]
         return service
+
+    def calm(self) -> None:
+        super().calm()
+        self.clumsy = 0.0
+        self.plug(mains=True)
+
+    def plug(self, *, mains: bool) -> None:
+        """Its owner plugs it in, or takes it off the mains."""
+        self.facts = replace(self.facts, mains=mains)
+        if self.service is not None:
+            self.service.mailbox.post(participation.Wake())
+            self.wake()
 
     def read(self, now: Instant, trainer: int | None, working: bool, trained: float | None) -> DeviceFacts:
         """In the place of the sensors."""
@@ -242,27 +349,43 @@ class FakeTrainer:
 
     def stop(self, kill: bool = False) -> None:
         """End the child."""
-        if self.pid is not None:
-            pid, self.pid, self._job = self.pid, None, None
-            self._world.at(0.1, lambda: self._hand(TrainerExited(pid, "stopped", 0, None)))
+        self._exit("stopped")
 
     def rss(self) -> int | None:
         """Nothing that weighs."""
         return None
 
+    def _exit(self, cause: Any) -> None:
+        if self.pid is not None:
+            pid, self.pid, self._job = self.pid, None, None
+            self._world.at(0.1, lambda: self._hand(TrainerExited(pid, cause, 0, None)))
+
     def _finish(self, job: Job) -> None:
         device = self._device
         if self._job is not job or device.service is None or device.service._trainer is not self:
+            return
+        if self._world.chance(device.clumsy):
+            self._world.dice.choice((lambda: self._exit("crashed"), lambda: self._fail(job)))()
             return
         self._job = None
         sizes = [size(spec) for spec in job.layout if spec.dtype in FLOATING]
         delta = np.zeros(sum(sizes), np.float32)
         delta[device.number] = 1.0
-        header = PlainBody(10, 1, {"accuracy": 0.5, "loss": 1.0}, 5)
+        metrics = {"accuracy": self._world.dice.choice((0.1, 0.5, 0.5, 0.9)), "loss": 1.0}
+        header = PlainBody(device.examples, 1, metrics, 5)
         encapsulation, sealed = sealing.seal(header, codec.encode(job.codec, delta, sizes), job.hpke_key, job.context)
+        if device.full:
+            self._say(Failed(job.id, "storage", "no room"))
+            return
         shared.files.write_durably(Path(job.output), sealed)
         digest = sha256(sealed).digest()
-        self._say(Done(job.id, encapsulation, len(sealed), digest, 10, 1, 5, header.metrics, 1.0, 1.0, 1.0, 1.0, 1))
+        self._say(
+            Done(job.id, encapsulation, len(sealed), digest, device.examples, 1, 5, metrics, 1.0, 1.0, 1.0, 1.0, 1)
+        )
+
+    def _fail(self, job: Job) -> None:
+        self._job = None
+        self._say(Failed(job.id, "out_of_memory", "there was none"))
 
     def _say(self, message: Done | Failed) -> None:
         assert self.pid is not None
@@ -274,20 +397,28 @@ class FakeTrainer:
             self._device.wake()
 
 
+# -- steps -------------------------------------------------------------------------------------------------------
+
+
 def _stepped(service: Any, program: Program) -> None:
     """Put a step before and after everything that the shell does."""
     commit, perform, settle = service.commit, service.perform, service.settle
 
     def committed(effects: Sequence[Any]) -> None:
         program.step()
-        commit(effects)
+        program.pending = effects
+        try:
+            commit(effects)
+        finally:
+            program.pending = ()
+        if isinstance(program, Device):
+            program.watcher.stored(program, effects)
         program.step()
 
     def performed(effect: Any) -> Iterable[Any]:
         program.step()
         if isinstance(effect, participation.Settled) and isinstance(program, Device):
-            update = effect.update
-            program.answers.append((update.task, update.position[0], update.position[1], effect.outcome.value))
+            program.watcher.answered(program, effect)
         found = list(perform(effect))
         program.step()
         return found
@@ -306,12 +437,22 @@ def _step_store(service: Any, program: Program) -> None:
 
     @contextlib.contextmanager
     def stepped() -> Iterator[None]:
-        with transaction():
-            yield
-            program.step()  # everything written, nothing committed
+        try:
+            with transaction():
+                yield
+                program.step()  # everything written, nothing committed
+                program.refuse(program.config.database)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise StorageError.of("aggregator.db", error) from None
+        program.watcher.stored(program, program.pending)
+        program.pending = ()
         program.step()
 
     def put(pieces: Any) -> None:
+        try:
+            program.refuse(Path("journal"))
+        except OSError as error:
+            raise StorageError.of("journal", error) from None
         put_all(pieces)
         program.step()
 
@@ -321,14 +462,31 @@ def _step_store(service: Any, program: Program) -> None:
 @contextlib.contextmanager
 def virtual(world: World) -> Iterator[None]:
     """Everything that reads a clock or a dice reads the world's, and writing a file is a step."""
-    durably = shared.files.write_durably
+    durably, spooled = shared.files.write_durably, shared.spool.Spool.write
 
     def written(path: Path, data: Any) -> None:
-        if world.running is not None:
-            world.running.step()
+        program = world.running
+        if isinstance(program, Program):
+            program.step()
+            program.refuse(path)
+            try:
+                program.step()
+            except Crash:
+                path.with_name(f".{path.name}.new").write_bytes(bytes(data[: len(data) // 2]))
+                raise
         durably(path, data)
-        if world.running is not None:
-            world.running.step()
+        if isinstance(program, Program):
+            program.step()
+
+    def gathered(spool: shared.spool.Spool, index: int, data: Any) -> None:
+        program = world.running
+        if isinstance(program, Program):
+            program.step()
+            try:
+                program.refuse(spool.path)
+            except OSError as error:
+                raise StorageError.of(spool.path, error) from None
+        spooled(spool, index, data)
 
     def clock() -> Instant:
         running = world.running
@@ -339,8 +497,19 @@ def virtual(world: World) -> Iterator[None]:
         patches.append((module, "read_clock", clock))
     for module in (aggregator.service, edge_agent.service):
         patches.append((module, "Link", FakeLink))
-    for module in (aggregator.service, aggregator.download, edge_agent.store, edge_agent.outbox, edge_agent.clock):
+    patches.append((aggregator.sqlite, "engine", _engine))
+    if not world.traced:
+        patches.append((shared.logs, "structlog", _Deaf()))
+    for module in (
+        aggregator.blobs,
+        aggregator.service,
+        aggregator.download,
+        edge_agent.store,
+        edge_agent.outbox,
+        edge_agent.clock,
+    ):
         patches.append((module, "write_durably", written))
+    patches.append((shared.spool.Spool, "write", gathered))
     patches.append((edge_agent.clock, "synchronised", lambda: clock() == world.instant()))
     patches.append((aggregator.blobs.Blobs, "delete", _archiving(world)))
     before = [(module, name, getattr(module, name)) for module, name, _ in patches]
@@ -353,6 +522,28 @@ def virtual(world: World) -> Iterator[None]:
         for module, name, value in before:
             setattr(module, name, value)
         structlog.reset_defaults()
+
+
+_engines: list[sa.Engine] = []
+
+
+def _engine(path: Path, *, read_only: bool) -> sa.Engine:
+    """As the product makes it, but all engines of a process share what SQLAlchemy has compiled."""
+    made = _make_engine(path, read_only=read_only)
+    _engines[1:] = []
+    _engines.append(made)
+    made.dialect, made._compiled_cache = _engines[0].dialect, _engines[0]._compiled_cache
+    return made
+
+
+class _Deaf:
+    """In the place of structlog where nobody listens."""
+
+    def get_logger(self) -> "_Deaf":
+        return self
+
+    def __getattr__(self, level: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 def _archiving(world: World) -> Callable[[Any, bytes], None]:
@@ -374,13 +565,23 @@ class _Teller:
         self._world = world
 
     def __call__(self, _logger: Any, _method: str, event: Any) -> Any:
-        if self._world._trace is not None:
+        if self._world.traced:
             who = self._world.running.name if self._world.running is not None else "-"
             fields = " ".join(
                 f"{name}={value}" for name, value in event.items() if name != "event" and value is not None
             )
             self._world.say(f"{who}: {event['event']} {fields}"[:300])
         raise structlog.DropEvent
+
+
+@functools.cache
+def _aggregator_config(path: Path) -> aggregator_settings.AggregatorConfig:
+    return aggregator_settings.load(path, {})
+
+
+@functools.cache
+def _agent_config(path: Path) -> agent_settings.AgentConfig:
+    return agent_settings.load(path, {})
 
 
 def clean(folder: Path) -> None:

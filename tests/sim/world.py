@@ -1,9 +1,9 @@
 """The world of a simulation: one virtual clock, one seeded dice, a broker and the links to it. No thread, no socket.
 
 The broker keeps what MQTT promises and breaks what it does not: a connection may be cut at any moment with all that is
-on its way, QoS 1 comes twice, topics overtake one another, and a broker that restarts may have kept everything,
-nothing, or an older snapshot. Retained messages, wills, durable sessions with a window of 20 unacknowledged messages,
-and manual acknowledgement are as mosquitto has them.
+on its way, QoS 1 comes twice, QoS 0 gets lost, one topic overtakes another, and a broker that restarts may have kept
+everything, nothing, all but the sessions, or an older snapshot. Retained messages, wills, durable sessions with a
+window of 20 unacknowledged messages, and manual acknowledgement are as mosquitto has them.
 """
 
 import functools
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+from shared.errors import LinkError
 from shared.machine import Instant
 from shared.mqtt import LinkDown, LinkEvent, LinkSettings, LinkUp, Message, Published, Will
 
@@ -22,8 +23,6 @@ EPOCH = 1_800_000_000.0
 """The UTC second at which every simulation begins."""
 WINDOW = 20
 """Messages that a client may leave unacknowledged."""
-PACKET_MAX = 4096
-"""What the broker takes in one packet: small, so that everything worth cutting is cut into chunks."""
 
 
 class Crash(BaseException):
@@ -37,6 +36,9 @@ class Node(Protocol):
 
     def step(self) -> None:
         """Between any two steps of its shell; may raise Crash."""
+
+    def sends(self, topic: str, payload: bytes) -> None:
+        """It hands a message to its link."""
 
     def wake(self) -> None:
         """Something was left in its mailbox."""
@@ -53,6 +55,7 @@ class World:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._trace = trace
+        self.traced = trace is not None
         self.running: Node | None = None
         """The program whose code runs now."""
         self.archive: dict[bytes, bytes] = {}
@@ -99,6 +102,8 @@ class Faults:
     """Of each message: that its connection is cut, and all on its way is lost."""
     twice: float = 0.0
     """Of each QoS 1 delivery: that it comes again."""
+    lost: float = 0.0
+    """Of each QoS 0 message: that it comes never."""
     reorder: bool = False
     """Each message takes a time of its own."""
     delay: float = 0.05
@@ -125,8 +130,10 @@ class _Session:
 class Broker:
     """See the module."""
 
-    def __init__(self, world: World, faults: Faults) -> None:
+    def __init__(self, world: World, faults: Faults, packet_max: int = 4096, queue_max: int = 1000) -> None:
+        """`queue_max` are the messages that a client may leave to the broker before it has confirmed any."""
         self.world, self.faults = world, faults
+        self.packet_max, self.queue_max = packet_max, queue_max
         self.retained: dict[str, bytes] = {}
         self.up = True
         self._sessions: dict[str, _Session] = {}
@@ -144,7 +151,7 @@ class Broker:
         kept = self._kept.pop(name, None) if link.settings.durable else None
         session = _Session(link, link.epoch, kept.filters if kept else set(), kept.waiting if kept else deque())
         self._sessions[name] = session
-        link.arrives(lambda: link.up(kept is not None))
+        link.arrives(lambda: link.up(kept is not None), first=True)
         self._push(session)
 
     def gone(self, link: "FakeLink") -> None:
@@ -153,7 +160,7 @@ class Broker:
             self._lose(link.settings.client_id)
 
     def stop(self, how: str) -> None:
-        """The broker ends: `kept` on disk is all, `empty` nothing, `older` a snapshot of some time ago."""
+        """The broker ends. It has `kept` all, nothing (`empty`), no session (`forgetful`), or what was (`older`)."""
         self.world.say(f"broker stops, {how}")
         for name in list(self._sessions):
             session = self._sessions[name]
@@ -162,6 +169,8 @@ class Broker:
         self.up = False
         if how == "empty":
             self.retained, self._kept = {}, {}
+        elif how == "forgetful":
+            self._kept = {}
         elif how == "older" and self._snapshots:
             self.retained, self._kept = self._snapshots.pop(self.world.dice.randrange(len(self._snapshots)))
 
@@ -205,9 +214,10 @@ class Broker:
 
     def publish(self, name: str, mid: int, topic: str, payload: bytes, qos: int, retain: bool) -> None:
         """A PUBLISH arrives; a PUBACK says that the broker has it, and nothing else."""
-        self._route(topic, payload, qos, retain)
+        if qos or not self.world.chance(self.faults.lost):
+            self._route(topic, payload, qos, retain)
         if qos and (session := self._sessions.get(name)) is not None:
-            session.link.arrives(lambda: session.link.taken(mid))
+            session.link.arrives(lambda: session.link.taken(mid), "PUBACK")
 
     def acknowledge(self, name: str, mid: int) -> None:
         """A PUBACK of a client arrives."""
@@ -236,9 +246,8 @@ class Broker:
                 session.flying[mid] = (topic, payload, retain, qos)
             times = 2 if qos and self.world.chance(self.faults.twice) else 1
             for _ in range(times):
-                session.link.arrives(
-                    lambda message=(topic, payload, retain, qos, mid): session.link.message(*message)  # type: ignore[misc]
-                )
+                arrived = (topic, payload, retain, qos, mid)
+                session.link.arrives(lambda arrived=arrived: session.link.message(*arrived), topic)  # type: ignore[misc]
 
 
 class FakeLink:
@@ -253,10 +262,13 @@ class FakeLink:
         self.broker: Broker = self._node.broker  # type: ignore[attr-defined]
         self.epoch = 0
         self.connected = self.alive = False
-        self.packet_max: int | None = None
+        self._packet_max: int | None = None
         self._out: OrderedDict[int, tuple[str, bytes, int, bool]] = OrderedDict()
         self._mids = itertools.count(1)
-        self._last = {"in": 0.0, "out": 0.0}
+        self._last: dict[str, float] = {}
+        """When the newest message on a lane arrives: nothing on it comes sooner."""
+        self._began = 0.0
+        """When the CONNACK arrives: nothing comes sooner."""
 
     # -- what the daemons call --
 
@@ -282,7 +294,11 @@ class FakeLink:
     def publish(self, topic: str, payload: bytes | bytearray, *, qos: int = 1, retain: bool = False) -> int:
         """Send a message."""
         self._node.step()
-        assert len(payload) + len(topic) < PACKET_MAX or topic.endswith("/release") or topic == "models/release", topic
+        if self._packet_max is not None and len(payload) + len(topic) + 64 > self._packet_max:
+            raise LinkError(f"{len(payload)} bytes for {topic} are more than the broker takes")
+        if qos and len(self._out) >= self.broker.queue_max:
+            raise LinkError(f"{len(self._out)} messages wait for the broker already; {topic} was not sent")
+        self._node.sends(topic, bytes(payload))
         mid = next(self._mids)
         if qos:
             self._out[mid] = (topic, bytes(payload), qos, retain)
@@ -301,14 +317,16 @@ class FakeLink:
 
     # -- what the world does --
 
-    def arrives(self, act: Callable[[], None]) -> None:
+    def arrives(self, act: Callable[[], None], topic: str = "", *, first: bool = False) -> None:
         """Something is on its way from the broker to here; lost if this connection ends before."""
-        self._travel("in", act)
+        arrival = self._travel("in", act, topic)
+        if first:
+            self._began = arrival
 
     def up(self, session_present: bool) -> None:
         """CONNACK."""
-        self.connected, self.packet_max = True, PACKET_MAX
-        self._hand(LinkUp(session_present, PACKET_MAX))
+        self.connected, self._packet_max = True, self.broker.packet_max
+        self._hand(LinkUp(session_present, self.broker.packet_max))
         for mid, (topic, payload, qos, retain) in list(self._out.items()):
             self._transmit(mid, topic, payload, qos, retain)
 
@@ -350,26 +368,27 @@ class FakeLink:
             self._world.at(self._world.dice.uniform(1.0, 60.0), self._connect)
             return
         self.epoch = epoch = self.epoch + 1
-        self._travel("out", lambda: self.broker.connect(self))
+        self._travel("out", lambda: self.broker.connect(self), "")
         # A CONNECT or CONNACK that was lost: nobody waits for ever.
         self._world.at(20.0, lambda: self.cut() if self.epoch == epoch and not self.connected else None)
 
     def _transmit(self, mid: int, topic: str, payload: bytes, qos: int, retain: bool) -> None:
-        self._send(lambda: self.broker.publish(self.settings.client_id, mid, topic, payload, qos, retain))
+        self._send(lambda: self.broker.publish(self.settings.client_id, mid, topic, payload, qos, retain), topic)
 
-    def _send(self, act: Callable[[], None]) -> None:
+    def _send(self, act: Callable[[], None], topic: str = "") -> None:
         if self.connected:
-            self._travel("out", act)
+            self._travel("out", act, topic)
 
-    def _travel(self, way: str, act: Callable[[], None]) -> None:
+    def _travel(self, way: str, act: Callable[[], None], topic: str) -> float:
         world, faults, epoch = self._world, self.broker.faults, self.epoch
         if world.chance(faults.cut):
             world.at(0.0, lambda: self.cut() if self.epoch == epoch else None)
         delay = faults.delay * world.dice.choice((0.1, 0.2, 0.5, 1.0, 1.0, 10.0))
         arrival = world.now + delay
-        if not faults.reorder:
-            arrival = self._last[way] = max(arrival, self._last[way])
+        lane = way + topic if faults.reorder else way
+        arrival = self._last[lane] = max(arrival, self._began, self._last.get(lane, 0.0))
         world.at(arrival - world.now, lambda: act() if self.epoch == epoch and self.broker.up else None)
+        return arrival
 
     def _hand(self, event: LinkEvent) -> None:
         self._post(event)

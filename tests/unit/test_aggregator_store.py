@@ -4,6 +4,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -70,7 +71,7 @@ def adopt(store: Store, message: ReleaseMessage = MESSAGE, version: int = 1) -> 
 
 def rows(path: Path) -> dict[str, list[tuple[object, ...]]]:
     """Every row, as another program sees it."""
-    with sqlite3.connect(path) as database:
+    with closing(sqlite3.connect(path)) as database:  # at once: the last to close it moves the log into the file
         names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type='table'")]
         return {name: sorted(database.execute(f'SELECT * FROM "{name}"'), key=repr) for name in names}
 
@@ -525,7 +526,7 @@ def test_version_1_is_moved_over(tmp_path: Path) -> None:
 
 def form(path: Path) -> dict[str, object]:
     """Columns, keys and indexes of every table."""
-    with sqlite3.connect(path) as database:
+    with closing(sqlite3.connect(path)) as database:
         names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type='table'")]
         indexes = "SELECT name, sql FROM sqlite_master WHERE type='index' ORDER BY name"
         columns = {name: sorted(each[1:] for each in database.execute(f"PRAGMA table_info({name})")) for name in names}

@@ -1107,6 +1107,9 @@ class Contract(RuleBasedStateMachine):
         super().__init__()
         self.bench = Bench()
         self.version = 1
+        first = RECORDS.message().weights
+        assert first is not None
+        self.weights = {sha256(first).digest(): first}
         self.bench.tell(*UP)
         self.publish()
         self.bench.tell(*(core.StatusReceived(device, v2()) for device in "abc"))
@@ -1153,7 +1156,9 @@ class Contract(RuleBasedStateMachine):
         closing = self.task.closing
         assert closing is not None
         name, version, number = "points", closing.manifest_version, closing.number
-        blob = BlobRef(sha256(b"%d %d" % (version, number)).digest(), 10)
+        weights = b"%d %d" % (version, number)
+        blob = BlobRef(sha256(weights).digest(), len(weights))
+        self.weights[blob.sha256] = weights
         done = core.RoundReduced(name, version, number, blob, {"accuracy": accuracy}, 3)
         self.bench.tell(core.RoundSpoilt(name, version, number) if spoilt else done)
 
@@ -1173,8 +1178,9 @@ class Contract(RuleBasedStateMachine):
     @rule(kept=st.booleans())
     def reconnect(self, kept: bool) -> None:
         """The link was cut; the broker kept everything or nothing."""
+        weights = self.weights[self.task.release.weights.sha256]
         message = structs.replace(
-            RECORDS.message(), manifest=self.task.manifest_signed, release=self.task.release_signed
+            RECORDS.message(), manifest=self.task.manifest_signed, release=self.task.release_signed, weights=weights
         )
         there: list[core.Event] = [core.ReleaseFound("points", message)] if kept else []
         if kept and self.task.offer_signed is not None:

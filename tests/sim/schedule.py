@@ -1,6 +1,5 @@
 """One schedule: what a seed decides to happen to a fleet, until all is quiet. What must come of it: tests.sim.judge."""
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -335,7 +334,8 @@ class Schedule:
 def run(seed: int, fleet: Fleet, trace: Trace | None = None) -> Counter[str]:
     """One schedule; raises what went wrong."""
     world = World(seed, trace)
-    folder = Path(tempfile.mkdtemp(prefix=f"sim-{seed}-", dir=fleet.folder.parent))
+    folder = fleet.folder.parent / f"sim-{seed}"  # the same each time: it stands in what is traced
+    folder.mkdir()
     schedule = Schedule(world, fleet, folder)
     try:
         with virtual(world):

@@ -41,7 +41,7 @@ from aggregator.task import TaskFile, TrainingSection
 from edge_agent import cli as agent_cli
 from shared.events import Event
 from shared.logs import sentence
-from shared.messages import Conditions, DataContract, Plan
+from shared.messages import Conditions, DataContract, Gate, Plan
 from shared.version import VERSION
 from tests.hostile.daemon import LEASH
 
@@ -483,7 +483,7 @@ COMMANDS = [
 @pytest.mark.parametrize(("command", "complete"), COMMANDS)
 def test_written_commands_are_commands(command: str, complete: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """What a document tells to type is what the command takes; in running text arguments may be left out."""
-    program, *words = shlex.split(re.sub(r"[][]", "", command).replace("TIME", "2h"))
+    program, *words = shlex.split(re.sub(r"--to N\b", "--to 1", re.sub(r"[][]", "", command)).replace("TIME", "2h"))
     parser = {"aggregator": aggregator_cli, "edge-agent": agent_cli}[program]._parser()
     try:
         parser.parse_args([word for word in words if word != "..."])
@@ -529,11 +529,12 @@ def _keys(kind: type[msgspec.Struct], prefix: str = "") -> set[str]:
 def test_the_task_files_page_names_every_key() -> None:
     """docs/task-file.md has all keys of a task file and no other."""
     text = (ROOT / "docs" / "task-file.md").read_text(encoding="utf-8")
-    sections = re.split(r"^## `\[(\w+)\]`.*$", text, flags=re.M)
+    sections = re.split(r"^## `\[([\w.]+)\]`.*$", text, flags=re.M)
     named = {"": sections[0]} | dict(zip(sections[1::2], sections[2::2], strict=True))
     parts: dict[str, type[msgspec.Struct]]
     parts = {"training": TrainingSection, "data": DataContract, "plan": Plan, "conditions": Conditions}
     wanted = {"": _keys(TaskFile) - set(parts)} | {name: _keys(kind) for name, kind in parts.items()}
+    wanted["plan.gate"] = _keys(Gate)
     found = {
         name: {key for row in re.findall(r"^\| (`.*?) \|", section, re.M) for key in re.findall(r"`(\w+)`", row)}
         for name, section in named.items()

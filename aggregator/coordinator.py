@@ -186,7 +186,7 @@ class ChunkReceived:
     device: str
     update: str
     index: int
-    payload: bytes | memoryview
+    payload: bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,7 +186,7 @@ class Distribution:
         job.kept = False
         return job.last
 
-    def seen(self, topic: str, payload: bytes) -> bool:
+    def seen(self, topic: str, payload: bytes | bytearray) -> bool:
         """The broker still has the chunk that was confirmed last, so it has those before it; whether it was asked."""
         job = next((job for job in self._jobs if job.last == topic and not job.kept), None)
         if job is None:

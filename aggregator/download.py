@@ -95,7 +95,7 @@ class Downloads:
         if self._fetch is not None:
             self._fetch.disconnected()
 
-    def arrived(self, blob: bytes, index: int, payload: bytes, now: Instant) -> list[core.Event]:
+    def arrived(self, blob: bytes, index: int, payload: bytes | bytearray, now: Instant) -> list[core.Event]:
         """A chunk; RemoteProtocolError, and nothing has changed, for one that was not asked for or is not as signed."""
         fetch, spool = self._fetch, self._spool
         if fetch is None or spool is None or blob != fetch.blob.sha256:

@@ -166,7 +166,7 @@ def newest(
         for event in here.events(wait):
             if not event.payload:
                 continue
-            found = check(event.payload)
+            found = check(bytes(event.payload))
             if found.weights is not None or not found.release.weights.chunks:
                 return found
             weights = _collect(here, found.release.weights, Topics(prefix), part, say)
@@ -288,7 +288,7 @@ def _confirmed(here: Visit, mids: set[int], seconds: float, left: int, topic: st
         here.take(rest)
 
 
-def _announced(payload: bytes, trust: Trust) -> tuple[TaskManifest, Release, ReleaseMessage] | None:
+def _announced(payload: bytes | bytearray, trust: Trust) -> tuple[TaskManifest, Release, ReleaseMessage] | None:
     """What an announcement says, or None where it does not verify: only the fleet's own word counts."""
     try:
         message = wire.unpack(payload, ReleaseMessage)
@@ -298,7 +298,7 @@ def _announced(payload: bytes, trust: Trust) -> tuple[TaskManifest, Release, Rel
         return None
 
 
-def _online(payload: bytes, known: bool | None) -> bool | None:
+def _online(payload: bytes | bytearray, known: bool | None) -> bool | None:
     try:
         return wire.unpack(payload, AggregatorStatus).online
     except RemoteProtocolError:

@@ -171,7 +171,7 @@ class Reassembler(Generic[T]):
         self._look_for_room(step, now)
         return step
 
-    def take(self, device: str, name: str, index: int, data: bytes | memoryview, now: float) -> Step[T]:
+    def take(self, device: str, name: str, index: int, data: bytes | bytearray | memoryview, now: float) -> Step[T]:
         """A chunk came. RemoteProtocolError if it was not asked for, is here already or has not its length."""
         found = self._collecting.get((device, name))
         if found is None:

@@ -214,7 +214,7 @@ def open_file(path: Path) -> bytes | mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
 
 
-def read(data: bytes | mmap.mmap, root: Root | None = None, now: float | None = None) -> Description:
+def read(data: bytes | bytearray | mmap.mmap, root: Root | None = None, now: float | None = None) -> Description:
     """Check a release file as a device does and describe it; RemoteProtocolError says what does not hold.
 
     With `root` the signatures are verified, and with `now` (UTC seconds) expiry too; without `root` only the digests
@@ -285,7 +285,7 @@ def load(spec: str) -> object:
     return found
 
 
-def _split(data: bytes | mmap.mmap) -> tuple[ReleaseMessage, memoryview | None]:
+def _split(data: bytes | bytearray | mmap.mmap) -> tuple[ReleaseMessage, memoryview | None]:
     """The message, and its weights over the memory of `data`; where these are large the message holds none of them."""
     at = data.find(_WEIGHTS)
     while at >= 0:

@@ -336,7 +336,7 @@ class Service:
             case _:
                 return [intake.decode(self._topics, message, limit)]
 
-    def _decode_own(self, topic: str, payload: bytes, limit: int) -> list[core.Event]:
+    def _decode_own(self, topic: str, payload: bytes | bytearray, limit: int) -> list[core.Event]:
         """What we put there ourselves, if the broker did not lose or change it."""
         if not payload:
             return []

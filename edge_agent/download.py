@@ -37,7 +37,7 @@ class ChunkArrived:
 
     blob: bytes
     index: int
-    payload: bytes
+    payload: bytes | bytearray
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class WriteChunk:
     task: str
     blob: bytes
     index: int
-    payload: bytes
+    payload: bytes | bytearray
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +319,7 @@ class Downloads:
             return [told]
         return [told, *self._ask(fetch.connected(now))]
 
-    def _arrived(self, blob: bytes, index: int, payload: bytes, now: float) -> list[Effect]:
+    def _arrived(self, blob: bytes, index: int, payload: bytes | bytearray, now: float) -> list[Effect]:
         fetch = self._fetch
         if self._turn is None or fetch is None or fetch.blob.sha256 != blob:
             if blob == self._left:

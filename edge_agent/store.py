@@ -163,7 +163,7 @@ class Store:
         self._spool = spool
         return missing
 
-    def write_chunk(self, task: str, blob: bytes, index: int, data: bytes) -> None:
+    def write_chunk(self, task: str, blob: bytes, index: int, data: bytes | bytearray) -> None:
         """Put a verified chunk into the file that is open for this blob; after a failure there is none."""
         spool = self._opened(task, blob)
         if spool is None:

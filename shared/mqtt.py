@@ -1,4 +1,4 @@
-"""The link to the broker: the only place that knows paho.
+"""The link to the broker: the only place that knows paho, with shared.receive below it.
 
 paho's network thread runs the callbacks here; each does nothing but post an event to the mailbox. A callback that fails
 posts `LinkBroken`, because an exception would otherwise end the thread while the client still claims to be connected.
@@ -25,6 +25,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from shared.errors import ConfigError, LinkError
+from shared.receive import Receiver
 
 DURABLE_SESSION = 30 * 86_400
 """Seconds that a broker keeps a durable session while its client is away."""
@@ -40,6 +41,12 @@ _MEANINGS = {
 _PACKET_OVERHEAD = 1024
 """Bytes allowed for topic, header and properties beside a payload."""
 
+_QUEUE_COUNT = 1000
+"""Messages that may wait for the broker."""
+
+_TAKEN_OVER = 142
+"""The reason code of a DISCONNECT when another client took this one's name; mosquitto 2.0 cuts without a word."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
@@ -54,6 +61,7 @@ class LinkSettings:
     keepalive: int = 60
     connect_timeout: float = 10.0
     message_max: int = 16 << 20
+    queue_max: int = 16 << 20
     durable: bool = False
     backoff_min: float = 1.0
     backoff_max: float = 60.0
@@ -91,10 +99,13 @@ class LinkBroken:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message from the broker; `mid` and `generation` are for `Link.acknowledge`."""
+    """A message from the broker; `mid` and `generation` are for `Link.acknowledge`.
+
+    The payload belongs to whoever takes the message: nothing else holds its memory.
+    """
 
     topic: str
-    payload: bytes
+    payload: bytes | bytearray
     retain: bool
     qos: int
     mid: int
@@ -122,12 +133,25 @@ class Post(Protocol):
         """Waits for a credit."""
 
 
-class _Client(paho.Client):
-    """paho's client, whose network thread wakes up for traffic and keep-alive, and not every second besides."""
+class _Client(Receiver):
+    """paho's client as a link needs it."""
 
     def loop_forever(self, timeout: float = 0.0, retry_first_connection: bool = False) -> MQTTErrorCode:
         # loop_start() gives no timeout, so paho's default of 1 s would hold. What the owner sends wakes the thread.
         return super().loop_forever(timeout or self.keepalive / 4, retry_first_connection)
+
+    def waiting(self) -> int:
+        """Bytes published with QoS 1 that the broker has not answered."""
+        with self._out_message_mutex:
+            return sum(len(each.payload) for each in self._out_messages.values())
+
+    def drop_larger(self, limit: int) -> list[int]:
+        """Forget what waits and is more than the broker takes, and say which: it would cut the link at each try."""
+        with self._out_message_mutex:
+            dropped = [mid for mid, each in self._out_messages.items() if _size(each.topic, each.payload) > limit]
+            for mid in dropped:
+                del self._out_messages[mid]
+        return dropped
 
 
 class Link:
@@ -148,7 +172,8 @@ class Link:
         client.tls_set_context(tls(settings.ca, settings.cert, settings.key))
         client.connect_timeout = settings.connect_timeout
         client.max_inflight_messages_set(20)
-        client.max_queued_messages_set(1000)
+        client.max_queued_messages_set(_QUEUE_COUNT)
+        client.packet_limit = settings.message_max + _PACKET_OVERHEAD
         if will is not None:
             client.will_set(will.topic, will.payload, qos=0, retain=True)
         client.on_socket_open = self._guard(self._on_socket_open)
@@ -166,7 +191,7 @@ class Link:
         """Begin to connect; returns at once, `LinkUp` or `LinkDown` follow."""
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = DURABLE_SESSION if self._settings.durable else 0
-        properties.MaximumPacketSize = self._settings.message_max + _PACKET_OVERHEAD
+        properties.MaximumPacketSize = self._client.packet_limit
         self._client.connect_async(
             self._settings.host,
             self._settings.port,
@@ -192,25 +217,45 @@ class Link:
         name = f"paho-mqtt-client-{self._settings.client_id}"
         return any(thread.name == name and thread.is_alive() for thread in threading.enumerate())
 
+    @property
+    def packet_max(self) -> int | None:
+        """Bytes of the largest packet that the broker takes, as it said last; None if it said nothing."""
+        return self._packet_max
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of payloads that were published with QoS 1 and are not answered yet."""
+        return self._client.waiting()
+
     def subscribe(self, *filters: str, qos: int = 1) -> None:
-        """Ask for topics; the broker's grant proves nothing, so none is waited for."""
-        self._client.subscribe([(each, SubscribeOptions(qos=qos)) for each in filters])
+        """Ask for topics, all in one packet, and return at once; while the link is down nothing is asked for.
+
+        The broker's grant proves nothing, so none is waited for.
+        """
+        if filters:
+            self._client.subscribe([(each, SubscribeOptions(qos=qos)) for each in filters])
 
     def unsubscribe(self, *filters: str) -> None:
-        """Ask for no more of these topics."""
-        self._client.unsubscribe(list(filters))
+        """Ask for no more of these topics, all in one packet, and return at once."""
+        if filters:
+            self._client.unsubscribe(list(filters))
 
     def publish(self, topic: str, payload: bytes | bytearray, *, qos: int = 1, retain: bool = False) -> int:
-        """Send a message; its id comes back in `Published`. LinkError above the broker's limit or if too many wait."""
-        size = len(payload) + len(topic) + 64
-        if self._packet_max is not None and size > self._packet_max:
+        """Send a message; its id comes back in `Published`. It is not copied: leave a bytearray alone until then.
+
+        LinkError when it is more than the broker takes; also, for QoS 1, while `queue_max` bytes or 1,000 messages wait
+        for the broker already: each `Published` makes room.
+        """
+        if self._packet_max is not None and _size(topic, payload) > self._packet_max:
             raise LinkError(
                 f"{len(payload)} bytes for {topic} are more than the broker takes in one message ({self._packet_max}); "
                 "raise max_packet_size in mosquitto.conf or make the model smaller"
             )
+        if qos and (waiting := self._client.waiting()) >= self._settings.queue_max:
+            raise LinkError(f"{waiting} bytes wait for the broker already; {topic} was not sent")
         info = self._client.publish(topic, payload, qos=qos, retain=retain)
         if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
-            raise LinkError(f"1000 messages wait for the broker already; {topic} was not sent")
+            raise LinkError(f"{_QUEUE_COUNT} messages wait for the broker already; {topic} was not sent")
         return info.mid
 
     def acknowledge(self, message: Message) -> None:
@@ -233,10 +278,10 @@ class Link:
 
         return guarded
 
-    def _spread(self) -> None:
+    def _spread(self, *, patient: bool = False) -> None:
         # paho doubles from min to max without jitter, so a broker's restart would bring the whole fleet back at once.
-        shortest = self._settings.backoff_min * random.uniform(0.5, 1.5)
-        longest = max(shortest, self._settings.backoff_max * random.uniform(0.5, 1.5))
+        longest = self._settings.backoff_max * random.uniform(0.5, 1.5)
+        shortest = longest if patient else min(longest, self._settings.backoff_min * random.uniform(0.5, 1.5))
         self._client.reconnect_delay_set(shortest, longest)  # type: ignore[arg-type]  # it only computes with them
 
     def _on_socket_open(self, _c: object, _u: object, sock: socket.socket) -> None:
@@ -259,7 +304,10 @@ class Link:
         self._packet_max = getattr(props, "MaximumPacketSize", None)
         # Not at a disconnect: a refusal that comes after the handshake is one, and would begin the back-off anew.
         self._spread()
+        dropped = [] if self._packet_max is None else self._client.drop_larger(self._packet_max)
         self._post.post(LinkUp(flags.session_present, self._packet_max))
+        for mid in dropped:
+            self._post.post(Published(mid, f"more than the broker takes in one message ({self._packet_max})"))
 
     def _on_connect_fail(self, _c: object, _u: object) -> None:
         # paho calls this inside its except block; the error itself is not among the arguments.
@@ -271,6 +319,10 @@ class Link:
         complaint, self._complaint = self._complaint, ""
         silent = code.getName() == "Unspecified error" and not flags.is_disconnect_packet_from_server
         cause = complaint or ("the connection was cut" if silent else str(code))
+        if flags.is_disconnect_packet_from_server and code.value == _TAKEN_OVER:
+            # Two clients of one name would throw each other out for ever, as fast as they can come back.
+            self._spread(patient=True)
+            cause = f"another client has connected as {self._settings.client_id}"
         self._post.post(LinkDown(self._explained(cause)))
 
     def _explained(self, cause: str) -> str:
@@ -284,11 +336,17 @@ class Link:
             self._complaint = text
 
     def _on_message(self, _c: object, _u: object, got: paho.MQTTMessage) -> None:
-        message = Message(got.topic, bytes(got.payload), got.retain, got.qos, got.mid, self._generation)
+        # paho keeps no reference to it: what arrived in one piece of memory stays there.
+        message = Message(got.topic, got.payload, got.retain, got.qos, got.mid, self._generation)
         self._post.post_payload(message, len(got.payload))
 
     def _on_publish(self, _c: object, _u: object, mid: int, code: ReasonCode, _p: object) -> None:
         self._post.post(Published(mid, str(code) if code.is_failure else ""))
+
+
+def _size(topic: str, payload: bytes | bytearray) -> int:
+    # A topic of the fleet is ASCII; 64 bytes are more than the header and the properties that we send.
+    return len(payload) + len(topic) + 64
 
 
 def tls(ca: Path, cert: Path, key: Path) -> ssl.SSLContext:

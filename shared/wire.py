@@ -27,7 +27,7 @@ def pack(message: object) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
-def unpack(data: bytes | memoryview, kind: type[T], limit: int = MESSAGE_MAX) -> T:
+def unpack(data: bytes | bytearray | memoryview, kind: type[T], limit: int = MESSAGE_MAX) -> T:
     """Decode `data` as `kind`; raises RemoteProtocolError and never anything else."""
     if not data:
         raise RemoteProtocolError(Reason.EMPTY, f"no bytes where a {_name(kind)} belongs")
@@ -45,7 +45,7 @@ def unpack(data: bytes | memoryview, kind: type[T], limit: int = MESSAGE_MAX) ->
     return message
 
 
-def _builtins(data: bytes | memoryview) -> object:
+def _builtins(data: bytes | bytearray | memoryview) -> object:
     size = len(data)
     # A container's declared length is bounded by the input, so a short message cannot ask for a large allocation.
     bound = min(size, _COLLECTION_MAX)

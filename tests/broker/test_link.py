@@ -123,6 +123,7 @@ def test_up(ear: Open) -> None:
     assert (one.link.connected, one.link.alive) == (False, False)
     up = one.start()
     assert up == LinkUp(session_present=False, packet_max=(64 << 20) + (128 << 10))
+    assert one.link.packet_max == up.packet_max
     assert (one.link.connected, one.link.alive) == (True, True)
     one.link.stop()
     assert (one.link.connected, one.link.alive) == (False, False)
@@ -158,12 +159,13 @@ def test_unsubscribed(ear: Open, fleet: Fleet) -> None:
 
 
 def test_a_refused_publish(ear: Open) -> None:
-    """What the broker's rules forbid is answered with a refusal, and the link stays up."""
+    """What the broker's rules forbid is answered with a refusal; where that costs the connection, another is made."""
     one = ear()
     one.start()
     mid = one.link.publish(RELEASE, b"mine")
     assert one.answered(mid) == "Not authorized"
-    assert one.link.connected
+    # mosquitto 2.0.11 closes the connection after such an answer.
+    assert one.answered(one.link.publish(STATUS, b"mine")) == ""
 
 
 def test_bytes_moved(ear: Open, fleet: Fleet) -> None:
@@ -241,6 +243,106 @@ def test_too_many_wait(ear: Open, fleet: Fleet) -> None:
         one.link.publish(STATUS, b"too many")
     fleet.broker.start()
     assert {one.next(Published).refusal for _ in range(1000)} <= {""}
+
+
+def test_too_many_bytes_wait(ear: Open, fleet: Fleet) -> None:
+    """What waits is bounded in bytes too, by no more than one message beyond; answers make room."""
+    fleet.broker.kill()
+    one = ear(queue_max=250_000)
+    one.link.start()
+    one.next(LinkDown)
+    for _ in range(3):
+        one.link.publish(STATUS, bytes(100_000))
+    assert one.link.waiting == 300_000
+    with pytest.raises(LinkError, match="300000 bytes wait"):
+        one.link.publish(STATUS, b"too much")
+    one.link.publish(STATUS, b"not kept, so not counted", qos=0)
+    fleet.broker.start()
+    assert {one.next(Published).refusal for _ in range(3)} == {""}
+    until(lambda: one.link.waiting == 0 or None, "an empty queue")
+    assert one.answered(one.link.publish(STATUS, bytes(1_000_000))) == ""  # alone, a large one passes
+
+
+def test_a_broker_that_takes_less_than_before(tmp_path: Path) -> None:
+    """What waits and has become too large is dropped with a refusal; it would cut the link at every try."""
+    fleet = make_fleet(tmp_path)
+    config = fleet.folder / "broker" / "mosquitto.conf"
+    limit = re.compile("^max_packet_size .*$", re.MULTILINE)
+    with fleet.broker:
+        one = Ear(settings(fleet, fleet.device(DEVICE)))
+        try:
+            one.start()
+            fleet.broker.kill()
+            one.next(LinkDown)
+            large, small = one.link.publish(STATUS, bytes(300_000)), one.link.publish(STATUS, bytes(100_000))
+            config.write_text(limit.sub("max_packet_size 200000", config.read_text()))
+            fleet.broker.start()
+            assert one.next(LinkUp).packet_max == 200_000 == one.link.packet_max
+            assert "more than the broker takes" in one.answered(large)
+            assert one.answered(small) == ""
+            assert one.link.connected
+        finally:
+            one.link.stop()
+
+
+def test_what_was_answered_is_not_sent_again(ear: Open, fleet: Fleet) -> None:
+    """A link that comes back in a new session sends what waits once more, and what was answered never."""
+    one = ear()
+    one.start()
+    for number in range(5):
+        assert one.answered(one.link.publish(STATUS, b"%d" % number)) == ""
+    with Peer(fleet, fleet.aggregator) as service:
+        service.subscribe(TOPICS.device_status("+"))
+        for _ in range(3):
+            cut(one.link)
+            one.next(LinkUp)
+        assert one.answered(one.link.publish(STATUS, b"new")) == ""
+        assert [payload for _, payload in service.fence()] == [b"new"]
+
+
+def test_nothing_to_ask_for(ear: Open) -> None:
+    """No filter is no packet, and no error."""
+    one = ear()
+    one.start()
+    one.link.subscribe()
+    one.link.unsubscribe()
+    assert one.answered(one.link.publish(STATUS, b"still there")) == ""
+
+
+def test_large_messages_whole_and_in_order(ear: Open, fleet: Fleet) -> None:
+    """Messages of every size around what is read in one piece come whole, in order, and leave the link up."""
+    one = ear(credits=2)
+    one.start()
+    one.link.subscribe(RECEIPT)
+    sizes = [1, 16_000, 16_384, 16_400, 122_880, 3_000_000, 0, 50_000]
+    with Peer(fleet, fleet.aggregator) as service:
+        until(lambda: service.publish(RECEIPT, b"first") == 0 or None, "a subscriber")
+        one.messages(1)
+        for number, size in enumerate(sizes):
+            service.publish(RECEIPT, bytes([number]) * size)
+    came = one.messages(len(sizes))
+    assert [each.payload for each in came] == [bytes([number]) * size for number, size in enumerate(sizes)]
+    assert one.link.connected
+
+
+def test_larger_than_announced(tmp_path: Path) -> None:
+    """A broker that sends more than this link announced is left before memory is taken for it; the cause says why."""
+    fleet = make_fleet(tmp_path)
+    with fleet.broker:
+        one = Ear(settings(fleet, fleet.device(DEVICE), message_max=100_000))
+        try:
+            one.start()
+            one.link._client.packet_limit = 50_000  # so the broker goes on sending what it may
+            one.link.subscribe(RECEIPT)
+            with Peer(fleet, fleet.aggregator) as service:
+                until(lambda: service.publish(RECEIPT, b"first") == 0 or None, "a subscriber")
+                one.messages(1)
+                service.publish(RECEIPT, bytes(60_000))
+            assert re.match(r"a packet of 600\d\d bytes, where 50000 were announced", one.next(LinkDown).cause)
+            one.next(LinkUp)
+        finally:
+            one.mailbox.close()
+            one.link.stop()
 
 
 def test_credits(ear: Open, fleet: Fleet) -> None:

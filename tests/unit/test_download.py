@@ -67,7 +67,7 @@ class Bench:
 
     machine: Downloads = field(default_factory=lambda: Downloads(counted()))
     now: float = 1000.0
-    disk: dict[bytes, dict[int, bytes]] = field(default_factory=dict)
+    disk: dict[bytes, dict[int, bytes | bytearray]] = field(default_factory=dict)
     whole: set[bytes] = field(default_factory=set)
     asked: set[tuple[bytes, int]] = field(default_factory=set)
     told: list[download.Effect] = field(default_factory=list)

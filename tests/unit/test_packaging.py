@@ -28,6 +28,7 @@ SHELL = {
     "shared.identity",
     "shared.logs",
     "shared.mqtt",
+    "shared.receive",
     "shared.spool",
     "shared.systemd",
     "edge_agent.child",

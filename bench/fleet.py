@@ -11,6 +11,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +26,7 @@ from edge_agent import control
 from shared.errors import LinkError
 
 TASK = "bench"
-FEATURES, CLASSES, EXAMPLES = 999, 1000, 16
-PARAMETERS = (FEATURES + 1) * CLASSES
+CLASSES, EXAMPLES = 1000, 16
 HERE = Path(__file__).parent
 
 _POLICY = """\
@@ -42,6 +42,22 @@ load = 1000.0
 [log]
 format = "json"
 """
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of bench/model.py."""
+
+    name: str
+    features: int
+
+    @property
+    def parameters(self) -> int:
+        """Float32 values of an update."""
+        return (self.features + 1) * CLASSES
+
+
+MILLION, QUARTER = Model("Million", 999), Model("Quarter", 249)
 
 
 class BenchError(Exception):
@@ -72,8 +88,9 @@ class Log:
 class Fleet:
     """Broker, aggregator and `devices` agents below `root`, none of them started yet."""
 
-    def __init__(self, root: Path, devices: int, rounds: int) -> None:
+    def __init__(self, root: Path, devices: int, rounds: int, model: Model = MILLION) -> None:
         root = root.absolute()
+        self._model = model
         self.root, self.folder, self.devices = root, root / "fleet", devices
         port = free_port()
         ca.init_fleet(self.folder, TASK, ["127.0.0.1"], now=time.time(), passphrase=None, port=port, bind="127.0.0.1")
@@ -82,7 +99,7 @@ class Fleet:
         self.agents: list[subprocess.Popen[bytes]] = []
         self.aggregator: subprocess.Popen[bytes] | None = None
         self.task = root / "task.toml"
-        self.task.write_text(_task(devices, rounds), encoding="utf-8")
+        self.task.write_text(_task(devices, rounds, model.features), encoding="utf-8")
         # A socket's path has at most 107 characters, and the checkout may lie deep.
         self._sockets = Path(tempfile.mkdtemp(prefix="fieldfare-"))
 
@@ -103,7 +120,7 @@ class Fleet:
         """Every device's agent; returns when the last is connected."""
         for device in range(self.devices):
             bundle = self.bundle(device)
-            _examples(bundle / "data.npz", device)
+            _examples(bundle / "data.npz", self._model.features, device)
             extra = bundle / "agent.toml.d"
             extra.mkdir()
             device_text = f'[device]\nstate_dir = "{bundle / "state"}"\nrun_dir = "{self.run_dir(device)}"\n'
@@ -127,7 +144,7 @@ class Fleet:
     def build(self) -> Path:
         """The signed release file, made by the command line."""
         out = self.root / "release.msgpack"
-        model = f"{HERE / 'model.py'}:Million"
+        model = f"{HERE / 'model.py'}:{self._model.name}"
         fleet = ["--fleet", str(self.folder)]
         _command("release", "build", model, "--loss", "cross_entropy", "--task", str(self.task), *fleet, "-o", str(out))
         return out
@@ -203,13 +220,13 @@ def _command(*arguments: str) -> None:
         raise BenchError(f"aggregator {' '.join(arguments[:2])} failed: {ran.stderr.strip()[-500:]}")
 
 
-def _examples(path: Path, seed: int) -> None:
+def _examples(path: Path, features: int, seed: int) -> None:
     random = np.random.default_rng(seed)
-    x = random.standard_normal((EXAMPLES, FEATURES), np.float32)
+    x = random.standard_normal((EXAMPLES, features), np.float32)
     np.savez(path, x=x, y=random.integers(0, CLASSES, EXAMPLES))
 
 
-def _task(devices: int, rounds: int) -> str:
+def _task(devices: int, rounds: int, features: int) -> str:
     return f"""\
 name = "{TASK}"
 clip = 10.0
@@ -225,7 +242,7 @@ dataset = "{TASK}"
 [[data.inputs]]
 name = "x"
 dtype = "float32"
-shape = [{FEATURES}]
+shape = [{features}]
 
 [data.target]
 name = "y"

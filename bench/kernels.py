@@ -10,103 +10,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from aggregator import ca, config, validate
 from aggregator.fold import Fold
 from aggregator.service import Service
 from aggregator.store import Store
-from bench.fleet import PARAMETERS, TASK, Fleet
+from bench.device import CLIP, TOPICS, Device, some_delta
+from bench.fleet import MILLION, TASK, Fleet
 from bench.report import Figure, Goal
 from shared import identity, logs, sealing, tensors, wire
 from shared.driver import Driver, read_clock
 from shared.messages import (
-    DeviceStatus,
-    PlainBody,
     ReleaseMessage,
     RoundOffer,
     TaskManifest,
-    UpdateContext,
     UpdateHead,
     UpdateMessage,
 )
 from shared.mqtt import LinkUp, Message
-from shared.opset import OPSET_VERSION
 from shared.signing import digest
-from shared.topics import RELEASE, Topics
+from shared.topics import RELEASE
 
+PARAMETERS = MILLION.parameters
 SIZE = 4 * PARAMETERS
-CLIP = 10.0
-TOPICS = Topics()
 
 
 def measure(root: Path, devices: int = 30) -> list[Figure]:
     """The figures; `root` is on the disk whose rate is measured, `devices` send one update each."""
     return [*_disk(root), *_fold(), *_steps(root), *_path(root / "path", devices)]
-
-
-class Device:
-    """A device without an agent: its certificate, its key and an update that is nobody's training."""
-
-    def __init__(self, bundle: Path) -> None:
-        self.name = bundle.name
-        self.key = identity.load_key(bundle / "device.key")
-        self.certificate = identity.load_certificate(bundle / "device.crt").public_bytes(Encoding.DER)
-
-    def status(self) -> bytes:
-        """Ready to train the benchmark's task."""
-        return wire.pack(
-            DeviceStatus(
-                v=1,
-                session=bytes(8),
-                online=True,
-                version="bench",
-                opsets=[OPSET_VERSION],
-                eligible=True,
-                obstacles=[],
-                datasets=[TASK],
-                sent=int(time.time()),
-            )
-        )
-
-    def update(self, offer: RoundOffer, delta: memoryview) -> tuple[str, bytes]:
-        """(topic, message) of a sealed and signed update for an open offer, made as trainer and agent make it."""
-        context = wire.pack(
-            UpdateContext(
-                v=1,
-                task=offer.task,
-                manifest=offer.manifest,
-                release=offer.release,
-                round=offer.round,
-                device=self.name,
-                report=os.urandom(16),
-                mode="plain",
-                k_min=0,
-                codec="fp32",
-                dimension=PARAMETERS,
-            )
-        )
-        header = PlainBody(examples=16, steps=1, metrics={"loss": 1.0}, holdout=4)
-        encapsulation, body = sealing.seal(header, delta, offer.hpke_key, context)
-        head = wire.pack(
-            UpdateHead(
-                v=1,
-                context=context,
-                encapsulation=encapsulation,
-                size=len(body),
-                sha256=hashlib.sha256(body).digest(),
-                chunk_size=0,
-                certificate=self.certificate,
-                shares=[],
-            )
-        )
-        message = wire.pack(UpdateMessage(v=1, head=head, sig=identity.sign_head(self.key, head), body=bytes(body)))
-        return TOPICS.head(0, self.name, hashlib.sha256(head).hexdigest()[:32]), message
-
-
-def some_delta(seed: int) -> memoryview:
-    """A delta of norm about 1, as the codec encodes it."""
-    return memoryview((np.random.default_rng(seed).standard_normal(PARAMETERS, np.float32) / 1000).tobytes())
 
 
 def disk_rate(root: Path, size: int, count: int) -> float:
@@ -161,8 +92,8 @@ def _steps(root: Path) -> list[Figure]:
     authority = identity.load_certificates(fleet / "ca" / "ca.crt")
     private, public = sealing.generate()
     offer = RoundOffer(1, TASK, bytes(32), bytes(32), 1, 0, "open", 2**32, CLIP, 1, "x25519", public, 0)  # type: ignore[arg-type]
-    delta = some_delta(0)
-    _, message = device.update(offer, delta)
+    delta = some_delta(PARAMETERS)
+    message = device.update(offer, delta).message
     update = wire.unpack(message, UpdateMessage)
     head = wire.unpack(update.head, UpdateHead)
     body = update.body
@@ -208,6 +139,9 @@ def _path(root: Path, devices: int) -> list[Figure]:
         service = Service(settings, read_clock())
         driver = Driver(service.mailbox, service, service)
         service.mailbox.post(LinkUp(False, None))
+        # Our own word comes back after all that the broker retains: nothing.
+        own = service._presence(online=True)
+        service.mailbox.post(Message(TOPICS.aggregator_status(0), own, False, 1, 0, 0))
         service.mailbox.post(Message(RELEASE, release, False, 1, 0, 0))
         for device in everyone:
             service.mailbox.post(Message(TOPICS.device_status(device.name), device.status(), True, 1, 0, 0))
@@ -217,10 +151,11 @@ def _path(root: Path, devices: int) -> list[Figure]:
         store.close()
         assert task.round is not None
         offer = wire.unpack(task.round.offer.payload, RoundOffer)
-        delta = some_delta(0)
+        delta = some_delta(PARAMETERS)
         wall, cpu = [], []
         for device in everyone:
-            message = Message(*device.update(offer, delta), False, 1, 0, 0)
+            made = device.update(offer, delta)
+            message = Message(made.topic, made.message, False, 1, 0, 0)
             service.mailbox.post(message)
             began, spent = time.perf_counter(), time.process_time()
             driver.turn(0)

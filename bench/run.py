@@ -47,7 +47,8 @@ def main() -> int:
     options.add_argument("--devices", type=int, nargs="*", default=[2, 10], help="agents in each measurement of rounds")
     options.add_argument("--rounds", type=int, default=12, help="rounds that count, after the warm-up (default 12)")
     options.add_argument("--idle", type=float, default=20.0, help="seconds of looking at the idle agents (default 20)")
-    options.add_argument("--ingest", type=int, nargs="*", default=[10, 100], help="devices that send in one round")
+    options.add_argument("--ingest", type=int, default=3, help="rounds of each kind of ingest (default 3)")
+    options.add_argument("--memory", type=int, nargs="*", default=[10, 100, 1000], help="updates in one round")
     options.add_argument("--distribution", type=int, nargs="*", default=[100], help="devices that get a release")
     options.add_argument("--keep", action="store_true", help="leave the fleets' folders and logs there")
     options.add_argument("--publish", action="store_true", help=f"also write {PUBLISHED.relative_to(ROOT)}")
@@ -92,9 +93,12 @@ def _measure(work: Path, given: argparse.Namespace) -> list[Figure]:
     for position, devices in enumerate(given.devices):
         _say(f"{given.rounds} rounds with {devices} agents")
         figures += rounds.measure(work / f"rounds-{devices}", devices, given.rounds, 0 if position else given.idle)
-    for devices in given.ingest:
-        _say(f"one round with {devices} updates")
-        figures += ingest.measure(work / f"ingest-{devices}", devices)
+    if given.ingest:
+        _say("rounds with 100 and 200 updates")
+        figures += ingest.rates(work / "ingest", given.ingest)
+    if given.memory:
+        _say(f"rounds with {', '.join(map(str, given.memory))} updates")
+        figures += ingest.memory(work / "memory", given.memory)
     for devices in given.distribution:
         _say(f"a release to {devices} devices")
         figures += distribution.measure(work / f"distribution-{devices}", devices)

@@ -116,7 +116,8 @@ def test_a_large_model_over_a_link_that_is_cut(fleet: Fleet) -> None:
     assert cuts >= 2
     assert moved <= 1.05 * blob.size
     assert peak - before < 24 << 20
-    assert max(heart.beats) < 0.5 + calm
+    assert sorted(heart.beats)[int(len(heart.beats) * 0.98)] < 0.5
+    assert max(heart.beats) < 0.5 + calm  # a machine that has a hiccup of its own has it without the device too
 
 
 @pytest.mark.timeout(600)

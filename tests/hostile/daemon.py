@@ -38,6 +38,10 @@ def memory(pid: int, what: Literal["VmHWM", "VmRSS"]) -> int:
     raise AssertionError("the kernel does not say")
 
 
+MEMORY = 250 << 20
+"""Bytes that no daemon may ever need, however bad its input: a link takes messages of up to 64 MiB."""
+
+
 class Child(Protocol):
     """What a daemon needs to know of its process: a subprocess.Popen."""
 
@@ -80,8 +84,9 @@ class Daemon:
             self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def stop(self, by: signal.Signals = signal.SIGTERM) -> int:
-        """End it as systemd would; its exit status."""
+        """End it as systemd would; its exit status. Whatever it was sent until then, it needed no more than MEMORY."""
         assert self._child is not None
+        assert self._child.poll() is not None or self.peak() < MEMORY
         self._child.send_signal(by)
         return self.ended()
 

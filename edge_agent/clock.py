@@ -32,12 +32,12 @@ _LATEST = 1 << 40
 
 
 class DeviceClock:
-    """Tells the device's time; used by the owner thread alone. `synchronised` looks at the system."""
+    """Tells the device's time; used by the owner thread alone, but for `peek`. `synchronised` looks at the system."""
 
     def __init__(self, file: Path, since: float, now: Instant, synchronised: Callable[[], bool]) -> None:
         """`since` is a moment (UTC seconds) that is over for certain."""
         self._file, self._synchronised = file, synchronised
-        self._floor, self._mono = max(since, _read(file)), now.mono
+        self._floor = max(since, _read(file)), now.mono
         self._keep_at = self._look_at = now.mono
         self._right = False
 
@@ -46,18 +46,25 @@ class DeviceClock:
         if self._look_at <= now.mono:
             self._right, self._look_at = self._synchronised(), now.mono + LOOK_EVERY
         if self._right:
-            self._floor, self._mono = now.utc, now.mono
-            return now
-        return Instant(now.mono, max(now.utc, self._floor + now.mono - self._mono))
+            self._floor = now.utc, now.mono
+        return self.peek(now)
+
+    def peek(self, now: Instant) -> Instant:
+        """The same without a look at the system; any thread may ask."""
+        return now if self._right else Instant(now.mono, max(now.utc, self._least(now)))
 
     def keep(self, now: Instant) -> None:
         """Remember the floor, if the last time was an hour ago; a disk that refuses is asked again in an hour."""
         if now.mono < self._keep_at:
             return
         self._keep_at = now.mono + KEEP_EVERY
-        floor = int(self._floor + now.mono - self._mono)
+        floor = int(self._least(now))
         with contextlib.suppress(OSError):
             write_durably(self._file, f"{floor} {floor}\n".encode())
+
+    def _least(self, now: Instant) -> float:
+        utc, mono = self._floor
+        return utc + now.mono - mono
 
 
 def _read(file: Path) -> float:

@@ -136,6 +136,7 @@ class Service:
                 keepalive=config.broker.keepalive,
                 connect_timeout=config.broker.connect_timeout,
                 message_max=config.broker.message_max,
+                clock=lambda: self._clock.peek(read_clock()).utc,
             ),
             self.mailbox,
             Will(self._topics.device_status(self._device), self._presence(online=False)),

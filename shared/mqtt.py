@@ -44,13 +44,20 @@ _PACKET_OVERHEAD = 1024
 _QUEUE_COUNT = 1000
 """Messages that may wait for the broker."""
 
+_NO_CHECK_TIME = 0x200000
+"""X509_V_FLAG_NO_CHECK_TIME, for which Python's ssl has no name."""
+
 _TAKEN_OVER = 142
 """The reason code of a DISCONNECT when another client took this one's name; mosquitto 2.0 cuts without a word."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkSettings:
-    """How to reach the broker. `ca`, `cert` and `key` are PEM files; times are seconds, sizes bytes."""
+    """How to reach the broker. `ca`, `cert` and `key` are PEM files; times are seconds, sizes bytes.
+
+    `clock` tells the time (UTC seconds, from any thread) at which the broker's certificate must not have expired, where
+    the system's clock may stand in 1970; None: the system's, and then it must have begun, too.
+    """
 
     host: str
     port: int
@@ -65,6 +72,7 @@ class LinkSettings:
     durable: bool = False
     backoff_min: float = 1.0
     backoff_max: float = 60.0
+    clock: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +144,19 @@ class Post(Protocol):
 class _Client(Receiver):
     """paho's client as a link needs it."""
 
+    clock: Callable[[], float] | None = None
+    """See LinkSettings."""
+
+    def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
+        sock = super()._ssl_wrap_socket(tcp_sock)
+        if self.clock is not None:
+            try:
+                _check_expiry(sock.getpeercert() or {}, self.clock())
+            except ssl.SSLError:
+                sock.close()
+                raise
+        return sock
+
     def loop_forever(self, timeout: float = 0.0, retry_first_connection: bool = False) -> MQTTErrorCode:
         # loop_start() gives no timeout, so paho's default of 1 s would hold. What the owner sends wakes the thread.
         return super().loop_forever(timeout or self.keepalive / 4, retry_first_connection)
@@ -169,7 +190,11 @@ class Link:
             protocol=MQTTProtocolVersion.MQTTv5,
             manual_ack=settings.durable,
         )
-        client.tls_set_context(tls(settings.ca, settings.cert, settings.key))
+        context = tls(settings.ca, settings.cert, settings.key)
+        if settings.clock is not None:
+            context.verify_flags |= _NO_CHECK_TIME
+        client.clock = settings.clock
+        client.tls_set_context(context)
         client.connect_timeout = settings.connect_timeout
         client.max_inflight_messages_set(20)
         client.max_queued_messages_set(_QUEUE_COUNT)
@@ -367,6 +392,12 @@ def tls(ca: Path, cert: Path, key: Path) -> ssl.SSLContext:
     except (ssl.SSLError, ValueError) as error:
         raise ConfigError(str(cert), "broker.cert", f"does not fit {key}: {error}") from None
     return context
+
+
+def _check_expiry(certificate: dict[str, Any], now: float) -> None:
+    # One that begins later than now proves that the clock is behind, and nothing else.
+    if now > ssl.cert_time_to_seconds(certificate["notAfter"]):
+        raise ssl.SSLCertVerificationError(1, "certificate verify failed: certificate has expired")
 
 
 def _no_password() -> str:

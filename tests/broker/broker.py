@@ -85,10 +85,10 @@ class Fleet:
         self.broker.start()
 
 
-def make_fleet(root: Path) -> Fleet:
+def make_fleet(root: Path, days_old: int = 0) -> Fleet:
     """A fleet of the product's own making, with a broker on a free loopback port that is not started yet."""
-    port = free_port()
-    ca.init_fleet(root / "fleet", "test-fleet", [HOST], now=time.time(), passphrase=None, port=port, bind="127.0.0.1")
+    port, born = free_port(), time.time() - days_old * 86_400
+    ca.init_fleet(root / "fleet", "test-fleet", [HOST], now=born, passphrase=None, port=port, bind="127.0.0.1")
     return Fleet(root / "fleet", root / "bundles", Broker(root / "fleet" / "broker", port))
 
 

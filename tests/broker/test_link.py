@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -555,6 +556,43 @@ def test_the_wrong_certificate(ear: Open, fleet: Fleet, tmp_path: Path) -> None:
     # Twice doubled at least, whatever the jitter.
     until(lambda: (one.link._client._reconnect_delay or 0.0) > 0.15 or None, "a longer wait")
     assert not one.link.connected and one.link.alive
+
+
+def test_a_clock_of_its_own(ear: Open) -> None:
+    """With a clock that is ahead of the broker's certificate there is no link; put right, it comes up by itself."""
+    offset = [50 * 366 * 86_400]
+    one = ear(clock=lambda: time.time() + offset[0])
+    one.link.start()
+    assert "certificate has expired; the broker's certificate has, or" in one.next(LinkDown).cause
+    assert not one.link.connected
+    offset[0] = 0
+    one.next(LinkUp)
+
+
+def test_a_clock_that_stands_in_1970(ear: Open) -> None:
+    """A certificate that begins later proves that the clock is behind, and is taken."""
+    ear(clock=lambda: 0.0).start()
+
+
+def test_a_system_clock_that_is_wrong(tmp_path: Path) -> None:
+    """A board whose clock is years off still connects when it knows better, and the chain is verified all the same."""
+    fleet, other = make_fleet(tmp_path / "old", days_old=1200), make_fleet(tmp_path / "other", days_old=1200)
+    then = time.time() - 1000 * 86_400
+    with fleet.broker:
+        for trusted, clock, cause in (
+            (fleet, None, "certificate has expired"),
+            (other, lambda: then, "certificate verify failed"),
+            (fleet, lambda: then, ""),
+        ):
+            one = Ear(replace(settings(fleet, fleet.device(DEVICE)), ca=trusted.authority, clock=clock))
+            try:
+                one.link.start()
+                if cause:
+                    assert cause in one.next(LinkDown).cause
+                else:
+                    one.next(LinkUp)
+            finally:
+                one.link.stop()
 
 
 def test_taken_over(ear: Open, fleet: Fleet) -> None:

@@ -24,6 +24,8 @@ from shared.messages import PlainBody
 SEGMENT = 1 << 20
 TAG = 16
 HEADER_MAX = 16_384
+_ALIGNMENT = 16
+"""Bytes; a delta that was opened begins at a multiple of it."""
 _LENGTH = struct.Struct(">I")
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 _INFO = b"fieldfare/v1/update\0"
@@ -66,9 +68,12 @@ def seal(header: PlainBody, delta: bytes | memoryview, public_key: bytes, contex
 
 
 def open_sealed(
-    private_key: bytes, encapsulation: bytes, ciphertext: bytes | memoryview, context: bytes
+    private_key: bytes, encapsulation: bytes, ciphertext: bytes | bytearray | memoryview, context: bytes
 ) -> tuple[PlainBody, memoryview]:
-    """(header, delta) of a body; RemoteProtocolError if it was not sealed whole, to this key, for this context."""
+    """(header, delta) of a body; RemoteProtocolError if it was not sealed whole, to this key, for this context.
+
+    The delta is memory of its own, aligned for whatever numbers it holds.
+    """
     try:
         key = _SUITE.decrypt(encapsulation, X25519PrivateKey.from_private_bytes(private_key), _INFO + context)
     except (InvalidTag, ValueError):
@@ -78,24 +83,31 @@ def open_sealed(
     cipher, aad = AESGCM(key), _aad(context, encapsulation)
     source = memoryview(ciphertext)
     count = -(-len(source) // (SEGMENT + TAG))
-    if len(source) - TAG * count < _LENGTH.size:
+    size = len(source) - TAG * count
+    if size < _LENGTH.size:
         raise RemoteProtocolError(Reason.SEALED_BADLY, f"{len(source)} bytes are too few for a body")
-    plain = bytearray(len(source) - TAG * count)
-    target = memoryview(plain)
+    plain = memoryview(bytearray(size + _ALIGNMENT))
+    start, length = 0, 0
     for index in range(count):
         piece = source[index * (SEGMENT + TAG) : (index + 1) * (SEGMENT + TAG)]
         if len(piece) < TAG:
             raise RemoteProtocolError(Reason.SEALED_BADLY, f"segment {index} is cut short")
-        start = index * SEGMENT
+        at = start + index * SEGMENT
+        end = at + len(piece) - TAG
         try:
-            cipher.decrypt_into(_nonce(index, count), piece, aad, target[start : start + len(piece) - TAG])
+            cipher.decrypt_into(_nonce(index, count), piece, aad, plain[at:end])
         except InvalidTag:
             raise RemoteProtocolError(Reason.SEALED_BADLY, f"segment {index} of {count} does not open") from None
-    (length,) = _LENGTH.unpack_from(plain)
-    if length > min(HEADER_MAX, len(plain) - _LENGTH.size):
-        raise RemoteProtocolError(Reason.SEALED_BADLY, f"the header claims {length} bytes")
-    header = wire.unpack(bytes(target[_LENGTH.size : _LENGTH.size + length]), PlainBody)
-    return header, target[_LENGTH.size + length :]
+        if index == 0:
+            (length,) = _LENGTH.unpack_from(plain)
+            if length > min(HEADER_MAX, size - _LENGTH.size):
+                raise RemoteProtocolError(Reason.SEALED_BADLY, f"the header claims {length} bytes")
+            # Whoever computes with the delta is spared copies of it if its numbers lie where numbers should.
+            start = -(_LENGTH.size + length) % _ALIGNMENT
+            plain[start : start + end] = plain[:end]
+    begin = start + _LENGTH.size + length
+    header = wire.unpack(bytes(plain[begin - length : begin]), PlainBody)
+    return header, plain[begin : start + size]
 
 
 def _segments(plain: int) -> int:

@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -128,3 +129,14 @@ def test_a_header_length_that_lies(length: int) -> None:
     plain = length.to_bytes(4, "big") + bytes(100 if length == 101 else 20_000)
     ciphertext = AESGCM(key).encrypt(sealing._nonce(0, 1), plain, sealing._aad(CONTEXT, encapsulation))
     refused(ciphertext, encapsulation)
+
+
+@pytest.mark.parametrize("examples", [1, 200, 70_000])
+def test_the_delta_lies_where_numbers_should(examples: int) -> None:
+    """However long the header is, and over segments: what is opened is the same, and aligned."""
+    private, public = sealing.generate()
+    delta = np.arange(700_000, dtype=np.float32)
+    encapsulation, body = sealing.seal(PlainBody(examples, 1, {}, 0), delta.view(np.uint8).data, public, b"context")
+    header, opened = sealing.open_sealed(private, encapsulation, body, b"context")
+    found = np.frombuffer(opened, np.float32)
+    assert header.examples == examples and np.array_equal(found, delta) and found.flags.aligned

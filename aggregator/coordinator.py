@@ -1216,12 +1216,12 @@ class Coordinator:
         return self._abandon(task, "rejected_by_gate") + self._go_on(task, now) if self._closing(event) else []
 
     def _closing(self, event: RoundReduced | RoundSpoilt) -> Round | None:
-        """The round that was reduced; None if a newer manifest came in the same batch and ended it."""
+        """The round that was reduced; None if the operator or a newer manifest ended it in the same batch."""
         task = self.tasks[event.task]
         if task.manifest.version != event.manifest_version:
             return None
         if task.closing is None or task.closing.number != event.number:
-            raise LocalProtocolError(f"round {event.number} of {event.task} was reduced but is not closing")
+            return None
         return task.closing
 
     def _go_on(self, task: Task, now: Instant) -> list[Effect]:

@@ -130,7 +130,7 @@ class Service:
         self._days_left: dict[str, int] = {}
         """Of our certificates, by file name."""
         self._early: list[Message] = []
-        """Releases that came before the broker was read back; not acknowledged."""
+        """Releases that came before the broker was read back; acknowledged in their second turn."""
         self.mailbox: Mailbox[ServiceEvent] = Mailbox(config.limits.inbound_messages, config.limits.inbound_bytes)
         self._link = Link(
             LinkSettings(
@@ -257,7 +257,6 @@ class Service:
                 self.mailbox.post(core.ReleaseReceived(message))
             for early in self._early:
                 self.mailbox.post(early)
-            self._early = []
         return effects
 
     def _condemned(self, message: Message, now: Instant) -> list[Effect]:
@@ -310,6 +309,7 @@ class Service:
             raise RemoteProtocolError(Reason.TOO_LARGE, f"{len(payload)} bytes, the limit is {limit}")
         if topic == RELEASE:
             if self._coordinator.ready:
+                self._early = [each for each in self._early if each is not message]
                 return [core.ReleaseReceived(wire.unpack(payload, ReleaseMessage, limit))]
             self._early.append(message)
             return []

@@ -685,6 +685,26 @@ def test_a_rollback_to_lost_weights_is_refused(bench: Bench) -> None:
 # -- large releases ----------------------------------------------------------------------------------------------
 
 
+def test_a_publication_is_acknowledged_when_it_was_handled(bench: Bench) -> None:
+    """Also the one that came in the same batch as the barrier: a crash before its own turn must not lose it."""
+    bench.service._store.close()
+    bench.service._lock.close()  # type: ignore[attr-defined]
+    bench.service = bench._start(bench.service._config)
+    acknowledged: list[str] = []
+    bench.service._link.acknowledge = lambda message: acknowledged.append(message.topic)  # type: ignore[method-assign]
+    message = records.release(bench._keys, records.manifest(bench._keys, TASK, 2))
+    own = bench.message(bench.topics.aggregator_status(0), bench.service._presence(online=True))
+    early, late = (bench.message(RELEASE, wire.pack(message)) for _ in range(2))
+    bench.batch(LinkUp(False, None), early)
+    bench.batch(late, own)
+    assert acknowledged == [own.topic]
+    assert bench.service._coordinator.tasks[TASK].manifest.version == 1
+    assert bench.service._driver.turn(0.0)
+    assert acknowledged == [own.topic, RELEASE, RELEASE]
+    assert bench.service._coordinator.tasks[TASK].manifest.version == 2
+    assert not bench.service._early
+
+
 def test_a_large_release_leaves_in_chunks(bench: Bench) -> None:
     """What is above inline_max is cut to pieces that the broker takes."""
     config = bench.service._config

@@ -53,6 +53,9 @@ from shared.trust import Position, Trust, advance, model, next_root, parts
 
 STATUS_AGE_MAX = 13 * 3600
 """Seconds after which a device's word about itself no longer counts."""
+EXPIRED_KEPT = 86_400.0
+"""Seconds for which the clock must say that a manifest has expired before an open round ends for that: one that jumps
+ahead costs no update."""
 _ROOTS_AHEAD = 64
 """Newer roots that wait for the one before them."""
 
@@ -173,10 +176,15 @@ class HeadAdmitted:
 
 @dataclass(frozen=True, slots=True)
 class HeadSpoilt:
-    """A head did not hold, or its body is not the one that was signed for: nothing is on record."""
+    """A head did not hold, or its body is not the one that was signed for: nothing is on record.
+
+    `passing`: it may hold under another clock. The device gets no word, for it takes any for the last one, and so it
+    sends the head again.
+    """
 
     received: HeadReceived
     error: RemoteProtocolError
+    passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -604,8 +612,11 @@ class Task:
     done: bool = False
     """As good as its plan wants it, or out of rounds."""
     expired: bool = False
+    """As far as the clock said when a round might have opened."""
+    expired_since: float | None = None
+    """Monotonic seconds since when the clock has said so while a round was open."""
     needs_manifest: bool = False
-    """Numbers were left out after a restore, and none is left."""
+    """Numbers were left out after a restore, and none is left; or devices follow a manifest that cannot be had here."""
     coming: bool = False
     """The broker knows a newer release, whose weights are on their way."""
 
@@ -619,10 +630,10 @@ class Task:
             return "reducing"
         if self.coming:
             return "catching_up"
-        if self.done or self.expired:
+        if self.needs_manifest:
+            return "needs_manifest"
+        if self.done or self.expired or self.last_round >= self.manifest.plan.rounds:
             return "finished"
-        if self.last_round >= self.manifest.plan.rounds:
-            return "needs_manifest" if self.needs_manifest else "finished"
         return "waiting" if self.state == "active" else self.state
 
     @property
@@ -650,6 +661,10 @@ class Coordinator:
     ready: bool = False
     """Whether the broker was read back once: before that nothing is published and no round opens."""
     _back: ReadBack | None = None
+    _coming: dict[str, Found] = field(default_factory=dict)
+    """What the broker knows of a task and we do not: its weights are on their way."""
+    _missed: dict[str, Found] = field(default_factory=dict)
+    """As before, but its weights cannot be had, and of its manifest we have none."""
     _roots: dict[int, RootMessage] = field(default_factory=dict)
 
     @property
@@ -693,7 +708,8 @@ class Coordinator:
             case HeadAdmitted(received=received):
                 return self._head_admitted(received, now)
             case HeadSpoilt(received=received, error=error):
-                return self._refuse(received, Outcome.REJECTED, error.reason, error.detail)
+                told = self._refuse(received, Outcome.REJECTED, error.reason, error.detail)
+                return told[:1] if event.passing else told
             case ChunkReceived():
                 return self._chunk_received(event, now)
             case UpdateCondemned(device=device, update=update):
@@ -735,12 +751,21 @@ class Coordinator:
         return [FetchWeights(found)] if message.weights is None else self._enter(found, now)
 
     def _newer(self, message: ReleaseMessage, manifest: TaskManifest) -> bool:
-        """Whether a manifest is newer than what its task has; older or forked raises RemoteProtocolError."""
-        task = self.tasks.get(manifest.task)
+        """Whether a manifest is newer than what its task has; older or forked raises RemoteProtocolError.
+
+        What the broker knows counts like what we have. A manifest whose newest release cannot be had is new once more.
+        """
+        task, found = self.tasks.get(manifest.task), Position((manifest.version,), signing.digest(message.manifest))
         known = None
         if task is not None:
             known = Position((task.manifest.version,), signing.digest(task.manifest_signed))
-        return advance(known, Position((manifest.version,), signing.digest(message.manifest)))
+        if not advance(known, found):
+            return False
+        ahead = self._coming.get(manifest.task) or self._missed.get(manifest.task)
+        known = None
+        if ahead is not None:
+            known = Position((ahead.manifest.version,), signing.digest(ahead.message.manifest))
+        return advance(known, found) or manifest.task not in self._coming
 
     def _checked(self, message: ReleaseMessage, manifest: TaskManifest, release: Release, *, kept: bool) -> Found:
         """A release whose signatures hold, once it is one of ours and all that came with it is as signed."""
@@ -757,15 +782,18 @@ class Coordinator:
             return self._catch_up(found, now)
         if not self._newer(found.message, found.manifest):
             return []
-        task = self.tasks.get(found.manifest.task)
-        effects = self._abandon(task, "superseded") if task is not None else []
         name, number = found.manifest.task, found.release.number
+        task, missed = self.tasks.get(name), self._missed.get(name)
+        effects = self._abandon(task, "superseded") if task is not None else []
         effects += [*self._adopt(found, task), PublishRelease(name, number, announce=False)]
         adopted = self.tasks[name]
         if adopted.state == "stopped":
             # Who publishes a new version of a task wants it trained.
             adopted.state = "active"
             effects.append(SetTaskState(name, "active"))
+        if missed is not None and missed.manifest.version == found.manifest.version:
+            # Devices have come further with it, so it goes on above all that they know.
+            return effects + self._recover(adopted, _offer_of(adopted, missed.offer), now, missed.release.number + SKIP)
         return effects + self._open(adopted, now)
 
     def _adopt(self, found: Found, before: Task | None) -> list[Effect]:
@@ -774,6 +802,8 @@ class Coordinator:
         if before is not None:
             adopted.state = before.state
         self.tasks[found.manifest.task] = adopted
+        self._coming.pop(found.manifest.task, None)
+        self._missed.pop(found.manifest.task, None)
         self._count_live(adopted)
         return [AdoptRelease(found.message, found.manifest, found.release)]
 
@@ -811,7 +841,8 @@ class Coordinator:
             if self._back is not None:
                 self._back.add(Found(message, task.manifest, task.release, True))
             return []
-        manifest = self.trust.manifest(message.manifest, now.utc)
+        # Devices hold to what they accepted of it, whether or not its term has ended, so we do.
+        manifest = self.trust.published(message.manifest, now.utc)
         if manifest.task != name:
             raise RemoteProtocolError(Reason.WRONG_TASK, f"a release of {manifest.task} on the topic of {name}")
         release = self.trust.release(message.release, message.manifest, manifest)
@@ -915,10 +946,12 @@ class Coordinator:
         effects: list[Effect] = []
         if task is not None:
             effects, task.coming = self._abandon(task, "superseded"), True
+        self._coming[found.manifest.task] = found
         return [*effects, FetchWeights(found)]
 
     def _catch_up(self, found: Found, now: Instant) -> list[Effect]:
         """Go on from what the broker knows; its weights are there."""
+        self._coming.pop(found.manifest.task, None)
         task = self.tasks.get(found.manifest.task)
         if task is not None and standing(task.position, found.position) is not Standing.AHEAD:
             task.coming = False
@@ -934,9 +967,19 @@ class Coordinator:
         return effects + self._recover(task, _offer_of(task, found.offer), now)
 
     def _weights_lost(self, found: Found, now: Instant) -> list[Effect]:
-        task = self.tasks.get(found.manifest.task)
-        if not found.kept or task is None or task.manifest_signed.payload != found.message.manifest.payload:
-            # Nothing to go on from; it is asked for again on the next connection.
+        name = found.manifest.task
+        task, coming = self.tasks.get(name), self._coming.get(name)
+        if not found.kept or (coming is not None and coming.position != found.position):
+            return []
+        self._coming.pop(name, None)
+        if task is not None and standing(task.position, found.position) is not Standing.AHEAD:
+            task.coming = False
+            return self._open(task, now)
+        if task is None or task.manifest_signed.payload != found.message.manifest.payload:
+            # Nothing to go on from, until its publisher sends it again or the next connection brings it.
+            self._missed[name] = found
+            if task is not None:
+                task.coming, task.needs_manifest = False, True
             return []
         # Our older weights go on under a number above theirs.
         step = found.release.number - task.release.number + SKIP
@@ -945,9 +988,6 @@ class Coordinator:
     def _recover(self, task: Task, theirs: RoundOffer | None, now: Instant, step: int = SKIP) -> list[Effect]:
         """Leave out the numbers that devices may remember and we forgot: a release and an offer say where we go on."""
         task.coming = False
-        task.expired = now.utc >= task.manifest.expires
-        if task.expired:
-            return []
         effects = self._abandon(task, "superseded")
         newest = task.offer
         if theirs is not None and (newest is None or (theirs.round, theirs.sequence) > (newest.round, newest.sequence)):
@@ -969,7 +1009,8 @@ class Coordinator:
             effects.append(MarkRound(task.manifest.version, marked, signed, task.last_round >= marked.round))
             task.offer, task.offer_signed, task.last_round = marked, signed, marked.round
         task.done, task.restored = finished, False
-        task.needs_manifest = not finished and task.last_round >= task.manifest.plan.rounds
+        spent = not finished and task.last_round >= task.manifest.plan.rounds
+        task.needs_manifest = spent or task.manifest.task in self._missed
         effects += self._restoring(task, task.release, task.release_signed, step)
         effects.append(Recovered(task.manifest.task, task.release.number, task.last_round, task.needs_manifest))
         return effects + self._open(task, now)
@@ -1150,24 +1191,33 @@ class Coordinator:
     def _deadlines(self, now: Instant) -> list[Effect]:
         effects: list[Effect] = []
         for task in self.tasks.values():
-            current = task.round
+            current, left, deadline = task.round, task.manifest.expires - now.utc, None
+            if left > 0.0 or current is None:
+                task.expired_since = None
+            elif task.expired_since is None:
+                task.expired_since = now.mono
             if current is None or current.deadline > now.mono or not self.ready:
                 continue
             if current.enough:
                 effects += self._close(task)
-            elif now.utc >= task.manifest.expires:
-                task.expired = True
-                effects += self._abandon(task, "finished", OfferState.FINISHED)
-                effects.append(FinishTask(task.manifest.task, task.last_round, "expired"))
-            else:
-                seconds = current.extend(now.mono, task.manifest.expires - now.utc)
-                current.participation = current.wider(self.live(task, now))
-                effects += self._revise(
-                    task,
-                    participation=current.participation,
-                    deadline=int(now.utc + seconds),
-                    told=events.Event.ROUND_EXTENDED,
-                )
+                continue
+            if task.expired_since is not None:
+                left = task.expired_since + EXPIRED_KEPT - now.mono
+                if left <= 0.0:
+                    task.expired = True
+                    effects += self._abandon(task, "finished", OfferState.FINISHED)
+                    effects.append(FinishTask(task.manifest.task, task.last_round, "expired"))
+                    continue
+            seconds = current.extend(now.mono, left)
+            if task.expired_since is None:
+                deadline = int(now.utc + seconds)
+            current.participation = current.wider(self.live(task, now))
+            effects += self._revise(
+                task,
+                participation=current.participation,
+                deadline=deadline,
+                told=events.Event.ROUND_EXTENDED,
+            )
         return effects
 
     def _close(self, task: Task) -> list[Effect]:

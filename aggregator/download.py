@@ -63,17 +63,19 @@ class Downloads:
         return self._retry if self._fetch is None else self._fetch.deadline
 
     def begin(self, found: Found, now: Instant) -> list[core.Event]:
-        """Collect a release's weights; one of the same task that waits already makes room for a newer one."""
+        """Collect a release's weights; of the same task only the newest is collected, and the others count as lost."""
         name = found.manifest.task
-        if any(each.message.release.payload == found.message.release.payload for each in self._waiting):
+        overtaken = [each for each in self._waiting if each.manifest.task == name]
+        if any(each.message.release.payload == found.message.release.payload for each in overtaken):
             return []
+        if any(each.position.rank > found.position.rank for each in overtaken):
+            return [core.WeightsLost(found)]
         if not found.kept:
             try:
                 write_durably(self._file(found), wire.pack(found.message))
             except OSError as error:
                 # A restart would forget it; so would one a moment ago.
                 tell(Event.STORAGE_FAILED, path=str(self._folder), cause=error.strerror or str(error))
-        overtaken = [each for each in self._waiting if each.manifest.task == name]
         for other in overtaken:
             self._give_up(other)
         self._waiting.append(found)
@@ -81,7 +83,7 @@ class Downloads:
         for other in overtaken:
             if other.release.weights.sha256 not in wanted:
                 self._spool_of(other.release.weights).discard()
-        return self._next(now)
+        return [*map(core.WeightsLost, overtaken), *self._next(now)]
 
     def connected(self, now: Instant) -> None:
         """A new connection, which knows of no subscription."""

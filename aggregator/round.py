@@ -4,7 +4,7 @@
     open --deadline, at least min_updates---------------> closing
     open --deadline, fewer--> open, extended (starved) --min_updates--> closing
 
-Extensions double from the plan's deadline up to its max_extension, and never beyond the manifest's expiry, so a round
+Extensions double from the plan's deadline up to its max_extension, and never beyond the manifest's end, so a round
 never hangs silently and never gives up what was contributed. Ending it (released, superseded, finished ...) is the
 coordinator's part.
 """

@@ -64,16 +64,20 @@ class Trust:
 
     def manifest(self, signed: Signed, now: float) -> TaskManifest:
         """A publisher's manifest that has not expired at `now` (seconds UTC)."""
+        manifest = self.published(signed, now)
+        if now >= manifest.expires:
+            raise RemoteProtocolError(Reason.EXPIRED, f"manifest {manifest.version} of {manifest.task}")
+        return manifest
+
+    def published(self, signed: Signed, now: float) -> TaskManifest:
+        """A publisher's manifest, whether or not it has expired; its publisher's key must not have."""
         keys = [publisher.key for publisher in self.root.publishers if now < publisher.expires]
         if signed.role is Role.PUBLISHER and any(
             signing.key_id(publisher.key) == signed.key and now >= publisher.expires
             for publisher in self.root.publishers
         ):
             raise RemoteProtocolError(Reason.EXPIRED, f"publisher key {signed.key.hex()} expired")
-        manifest = signing.verify(signed, TaskManifest, Role.PUBLISHER, keys)
-        if now >= manifest.expires:
-            raise RemoteProtocolError(Reason.EXPIRED, f"manifest {manifest.version} of {manifest.task}")
-        return manifest
+        return signing.verify(signed, TaskManifest, Role.PUBLISHER, keys)
 
     def release(self, signed: Signed, manifest_signed: Signed, manifest: TaskManifest) -> Release:
         """A release of `manifest`: number 0 by a publisher, later ones by the manifest's aggregator keys."""

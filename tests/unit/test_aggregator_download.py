@@ -161,6 +161,20 @@ def test_a_newer_release_takes_the_place(inlet: Inlet) -> None:
     assert inlet.downloads.pending() == []
 
 
+def test_an_older_release_takes_no_place(inlet: Inlet) -> None:
+    """What the publisher began with comes after what the broker has of it now, and is not collected."""
+    newest, first = release(1, kept=True), release(1, weights(0.7))
+    inlet.downloads.connected(inlet.now)
+    assert inlet.downloads.begin(newest, inlet.now) == []
+    assert inlet.downloads.begin(first, inlet.now) == [core.WeightsLost(first)]
+    assert inlet.downloads.pending() == []
+    assert inlet.rest(newest) == [core.WeightsArrived(newest)]
+    # A newer manifest overtakes it, and whoever waits for it is told.
+    newest, second = release(1, weights(0.3), kept=True), release(2, weights(0.7))
+    inlet.downloads.begin(newest, inlet.now)
+    assert inlet.downloads.begin(second, inlet.now) == [core.WeightsLost(newest)]
+
+
 def test_what_made_room_leaves_nothing(inlet: Inlet) -> None:
     """The chunks of a release that a newer one overtook go from the disk, unless the newer one has the same weights."""
     inlet.downloads.connected(inlet.now)

@@ -874,11 +874,48 @@ def test_a_starved_round_ends_with_its_manifest() -> None:
     assert bench.offer.deadline == int(NOW.utc) + 60
     bench.after(60)
     assert bench.offer.deadline == int(NOW.utc) + 100
-    effects = bench.after(40)
+    bench.after(40)
+    assert bench.machine.tasks["points"].phase == "starved"
+    effects = bench.after(core.EXPIRED_KEPT)
     assert ends(effects) == [(1, "finished")]
     assert [each.why for each in effects if isinstance(each, core.FinishTask)] == ["expired"]
     assert bench.offer.state is OfferState.FINISHED
     assert bench.machine.deadline is None
+
+
+def test_a_clock_that_is_ahead_spends_no_contribution() -> None:
+    """What is in counts once the clock is right; only a day of it ends the round, and none opens meanwhile."""
+    bench = Bench()
+    bench.begin()
+    bench.update("a")
+    right, ahead = bench.now.utc, RECORDS.manifest().expires + 40 * 365 * 86_400
+    bench.now = Instant(bench.now.mono, ahead)
+    before = bench.offer
+    for _ in range(20):
+        bench.now = Instant(bench.now.mono + 3600, ahead)
+        assert ends(bench.tell(Tick())) == []
+    trust.continues(bench.offer, before)
+    assert bench.offer.deadline == before.deadline, "no deadline of a clock that may be wrong is promised"
+    assert bench.machine.deadline is not None and bench.machine.deadline > bench.now.mono
+    bench.now = Instant(bench.now.mono + 3600, right + 21 * 3600)
+    bench.tell(Tick())
+    # Ahead once more: the day begins anew.
+    bench.now = Instant(bench.now.mono + 3600, ahead)
+    bench.tell(Tick())
+    bench.now = Instant(bench.now.mono + 20 * 3600, ahead)
+    assert ends(bench.tell(Tick())) == []
+    assert only(bench.update("b"), core.Reduce)
+    assert bench.reduce() and bench.machine.tasks["points"].phase == "finished"
+
+
+def test_a_certificate_of_another_time_gets_no_last_word() -> None:
+    """The device would delete its update for a clock of ours that is wrong; it is counted all the same."""
+    bench = Bench()
+    bench.begin()
+    received = bench.head("a")
+    error = RemoteProtocolError(Reason.BAD_CERTIFICATE)
+    assert [type(each) for each in bench.tell(core.HeadSpoilt(received, error, passing=True))] == [core.Refuse]
+    assert bench.outcomes(core.HeadSpoilt(received, error)) == [Outcome.REJECTED]
 
 
 def test_a_round_never_outlives_its_manifest() -> None:

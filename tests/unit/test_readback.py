@@ -11,6 +11,7 @@ from aggregator import coordinator as core
 from aggregator.readback import PATIENCE, Standing, skipped, standing
 from shared import signing, trust
 from shared.errors import Reason, RemoteProtocolError
+from shared.machine import Instant
 from shared.messages import BlobRef, OfferState, Outcome, ReleaseMessage, Role, RootMessage
 from shared.trust import Position
 from tests.records import NOW, Records, key, weights
@@ -126,7 +127,7 @@ def test_a_round_that_is_full_waits_for_the_broker() -> None:
 
 
 def test_junk_is_refused() -> None:
-    """Forged, foreign, expired or incomplete records on our own topics are dropped, and ours put back."""
+    """Forged, foreign or incomplete records on our own topics are dropped, and ours put back."""
     bench = Bench()
     bench.begin()
     good = RECORDS.message(number=7)
@@ -134,7 +135,6 @@ def test_junk_is_refused() -> None:
     cases: list[tuple[ReleaseMessage, Reason]] = [
         (structs.replace(good, release=structs.replace(signed, sig=bytes(64))), Reason.BAD_SIGNATURE),
         (Records(publisher=key(9)).message(number=7), Reason.UNKNOWN_KEY),
-        (RECORDS.message(RECORDS.manifest(expires=int(NOW.utc)), 7), Reason.EXPIRED),
         (structs.replace(good, graphs=None, weights=None), Reason.MISSING_PART),
         (structs.replace(good, weights=weights(1.0)), Reason.WRONG_DIGEST),
     ]
@@ -272,6 +272,106 @@ def test_an_aggregator_without_a_memory_adopts_its_own_tasks() -> None:
     assert kinds(effects)[:1] == [core.AdoptRelease]
     assert fresh.machine.tasks["points"].release.number == 1002
     assert fresh.machine.tasks["points"].last_round == 3 + 48
+
+
+@pytest.mark.parametrize("memory", ["none", "backup"])
+def test_read_back_under_a_clock_that_is_ahead(memory: str) -> None:
+    """Numbers are left out all the same, and rounds go on once the clock is right."""
+    before, again = restored()
+    if memory == "none":
+        again = Bench()
+    right = again.now
+    again.now = Instant(right.mono, RECORDS.manifest().expires + 1.0)
+    effects = again.tell(FIRST, ROOT, core.ReleaseFound("points", _whole(before)), retained(before)[1], LAST)
+    assert only(effects, core.MarkRound) and not only(effects, core.OpenRound)
+    task = again.machine.tasks["points"]
+    assert (task.release.number, task.last_round, task.restored) == (1002, 51, False)
+    assert task.phase == ("finished" if memory == "backup" else "waiting")
+    again.now = Instant(right.mono + 60, right.utc + 60)
+    assert only(again.tell(*(core.StatusReceived(each, status()) for each in "abc")), core.OpenRound)
+    assert again.offer.round == 52
+
+
+def test_the_retired_publishers_of_what_is_retained() -> None:
+    """A manifest may have expired, its publisher's key must not have."""
+    again = Bench()
+    again.now = Instant(NOW.mono, RECORDS.root.publishers[0].expires + 1.0)
+    with pytest.raises(RemoteProtocolError) as caught:
+        again.tell(FIRST, ROOT, core.ReleaseFound("points", RECORDS.message(number=7)))
+    assert caught.value.reason is Reason.EXPIRED
+
+
+@pytest.mark.parametrize("memory", ["none", "an older manifest"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_the_broker_knows_outranks_what_is_published_again(memory: str, whole: bool) -> None:
+    """Release 0 on models/release does not take the place of release 5 whose chunks are on their way."""
+    again, fetch = _behind(memory, whole)
+    assert again.tell(core.ReleaseReceived(_second(0, whole))) == []
+    with pytest.raises(RemoteProtocolError) as caught:
+        again.tell(core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=1, rounds=7))))
+    assert caught.value.reason is (Reason.EQUIVOCATION if memory == "an older manifest" else Reason.ROLLBACK)
+    effects = again.tell(core.WeightsArrived(fetch.found))
+    assert [each.release.number for each in effects if isinstance(each, core.AdoptRelease)] == [5]
+    assert again.machine.tasks["points"].release.number == 5 + 1000
+    assert again.tell(core.ReleaseReceived(_second(0, whole))) == []
+
+
+@pytest.mark.parametrize("memory", ["none", "an older manifest"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_manifest_whose_weights_cannot_be_had_needs_its_publisher(memory: str, whole: bool) -> None:
+    """Nothing goes on under an older manifest; published again it goes on above all that devices know of it."""
+    again, fetch = _behind(memory, whole)
+    assert again.tell(core.WeightsLost(fetch.found)) == []
+    if memory != "none":
+        assert again.machine.tasks["points"].phase == "needs_manifest"
+    assert again.tell(*(core.StatusReceived(each, status(v=2)) for each in "def")) == []
+    # The next connection tries again.
+    again.tell(FIRST, ROOT, core.ReleaseFound("points", _second(5)), LAST)
+    assert again.tell(core.WeightsLost(fetch.found)) == []
+    effects = again.tell(core.ReleaseReceived(_second(0, whole)))
+    if not whole:
+        (again_fetched,) = effects
+        assert isinstance(again_fetched, core.FetchWeights)
+        effects = again.tell(core.WeightsArrived(again_fetched.found))
+    task = again.machine.tasks["points"]
+    assert (task.manifest.version, task.release.number, task.phase) == (2, 5 + 1000, "collecting")
+    assert [each.offer.round for each in effects if isinstance(each, core.OpenRound)] == [52]
+
+
+def test_a_newer_manifest_ends_the_need() -> None:
+    """Whatever is lost, a version above all others is followed."""
+    again, fetch = _behind("an older manifest", False)
+    again.tell(core.WeightsLost(fetch.found))
+    effects = again.tell(core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=3))))
+    assert only(effects, core.OpenRound)
+    assert again.machine.tasks["points"].release.number == 0
+    assert again.tell(core.WeightsLost(fetch.found)) == []
+    assert again.machine.tasks["points"].phase == "collecting"
+
+
+def _second(number: int, whole: bool = False) -> ReleaseMessage:
+    """A release of manifest 2, its weights inside or in chunks."""
+    manifest = RECORDS.sign_manifest(RECORDS.manifest(version=2, rounds=100))
+    if whole:
+        return structs.replace(RECORDS.message(), manifest=manifest, release=RECORDS.release(manifest, number))
+    blob = BlobRef(bytes(32), 100, 60, [bytes(32), bytes(32)])
+    record = RECORDS.release(manifest, number, v=2, weights=blob)
+    return structs.replace(RECORDS.message(), v=2, manifest=manifest, release=record, weights=None)
+
+
+def _behind(memory: str, whole: bool) -> tuple[Bench, core.FetchWeights]:
+    """An aggregator that learns of release 5 of manifest 2, after three rounds, and fetches it."""
+    again = Bench()
+    if memory != "none":
+        again.begin(devices="")
+    again.tell(*(core.StatusReceived(each, status(v=2)) for each in "abc"))
+    again.machine.ready = False
+    message = _second(5)
+    record = RECORDS.offer(message, 3)
+    offer = core.OfferFound("points", RECORDS.sign_offer(record))
+    (fetch,) = only(again.tell(FIRST, ROOT, core.ReleaseFound("points", message), offer, LAST), core.FetchWeights)
+    assert isinstance(fetch, core.FetchWeights)
+    return again, fetch
 
 
 def test_two_releases_of_one_number() -> None:

@@ -96,7 +96,7 @@ class Intake:
         try:
             self._check_head(effect.received, effect.opened, effect.manifest)
         except RemoteProtocolError as error:
-            return core.HeadSpoilt(effect.received, error)
+            return self._spoilt(effect.received, error)
         return core.HeadAdmitted(effect.received)
 
     def open(self, effect: core.Open) -> core.UpdateOpened | core.HeadSpoilt | core.UpdateSpoilt:
@@ -114,7 +114,7 @@ class Intake:
             if len(received.body) != head.size or sha256(received.body).digest() != head.sha256:
                 raise RemoteProtocolError(Reason.WRONG_DIGEST, "the body is not the one that the head was signed for")
         except RemoteProtocolError as error:
-            return core.HeadSpoilt(received, error)
+            return self._spoilt(received, error)
         try:
             body, data = self._unseal(manifest.version, head, context, received.body)
             validate.report(body, manifest.metric)
@@ -122,6 +122,11 @@ class Intake:
         except RemoteProtocolError as error:
             return core.UpdateSpoilt(received, error)
         return core.UpdateOpened(received, body)
+
+    def _spoilt(self, received: core.HeadReceived, error: RemoteProtocolError) -> core.HeadSpoilt:
+        """A head that does not hold; not for good if only the date stands against its certificate."""
+        dated = error.reason is Reason.BAD_CERTIFICATE and identity.was_or_will_be(received.head.certificate, self._ca)
+        return core.HeadSpoilt(received, error, passing=dated)
 
     def _check_head(self, received: core.HeadReceived, opened: float, manifest: TaskManifest) -> None:
         head, context = received.head, received.context

@@ -4,6 +4,7 @@ Guarantee: a name that comes out of `verify_device` was given by the fleet's CA 
 Revocation is not looked at here: the aggregator's deny list is. The loaders read a PEM file at start-up and blame it.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -71,6 +72,17 @@ def verify_device(certificate: bytes, ca: Sequence[x509.Certificate], at: float)
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise _bad("its key is not on P-256")
     return VerifiedDevice(name, key, leaf.not_valid_after_utc.timestamp(), leaf.serial_number)
+
+
+def was_or_will_be(certificate: bytes, ca: Sequence[x509.Certificate]) -> bool:
+    """Whether a certificate holds at its first or its last second, so that `verify_device` refuses only its date."""
+    with contextlib.suppress(*_MALFORMED):
+        leaf = x509.load_der_x509_certificate(certificate)
+        for moment in (leaf.not_valid_before_utc, leaf.not_valid_after_utc):
+            with contextlib.suppress(RemoteProtocolError):
+                verify_device(certificate, ca, moment.timestamp())
+                return True
+    return False
 
 
 def sign_head(private: ec.EllipticCurvePrivateKey, head: bytes) -> bytes:

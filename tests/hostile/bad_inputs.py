@@ -125,8 +125,14 @@ LIST: dict[str, tuple[str, ...] | Later] = {
         *_rejected("forged_ca_of_the_same_name"),
         f"{BROKER}test_forged_authority_of_the_same_name",
     ),
-    "expired certificate": (*_rejected("expired_certificate"), f"{BROKER}test_expired"),
-    "certificate that is not yet valid": (*_rejected("certificate_of_tomorrow"), f"{BROKER}test_not_yet_valid"),
+    "expired certificate": (
+        *_rejected("certificate_that_ended_before_its_ca_began"),
+        f"{BROKER}test_expired",
+    ),
+    "certificate that is not yet valid": (
+        f"{UPDATES}test_a_certificate_of_tomorrow",
+        f"{BROKER}test_not_yet_valid",
+    ),
     "revoked certificate": (
         f"{UPDATES}test_denied",
         f"{UPDATES}test_denied_at_once",

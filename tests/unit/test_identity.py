@@ -64,6 +64,16 @@ def test_a_device_of_the_fleet(authority: ca.Authority) -> None:
     assert found.serial == issued.serial_number
 
 
+def test_a_certificate_of_another_time(authority: ca.Authority) -> None:
+    """Only the date stands against it: that says as much of a clock. Against a forged one, more does."""
+    for born in (BORN, BORN + timedelta(days=200)):
+        der = forge(authority, "dev-1", born=born, days=30).der
+        assert identity.was_or_will_be(der, [authority.certificate])
+        _refused(der, authority, AT + 100 * DAY)
+    assert not identity.was_or_will_be(forge(authority, "dev-1", usage=[SERVER]).der, [authority.certificate])
+    assert not identity.was_or_will_be(b"junk" * 100, [authority.certificate])
+
+
 def test_one_of_several_authorities(authority: ca.Authority, tmp_path: Path) -> None:
     """While a fleet changes its CA, certificates of both are good."""
     ca.init_fleet(tmp_path / "next", "acme", ["broker.example"], now=BORN.timestamp(), passphrase=None)

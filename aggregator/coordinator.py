@@ -56,6 +56,8 @@ STATUS_AGE_MAX = 13 * 3600
 EXPIRED_KEPT = 86_400.0
 """Seconds for which the clock must say that a manifest has expired before an open round ends for that: one that jumps
 ahead costs no update."""
+_OFFERS_MAX = 256
+"""Offers that wait for the release of their task."""
 _ROOTS_AHEAD = 64
 """Newer roots that wait for the one before them."""
 
@@ -665,6 +667,8 @@ class Coordinator:
     """What the broker knows of a task and we do not: its weights are on their way."""
     _missed: dict[str, Found] = field(default_factory=dict)
     """As before, but its weights cannot be had, and of its manifest we have none."""
+    _offers: dict[str, Signed] = field(default_factory=dict)
+    """Offers that came after the barrier and before the release that they are on; not verified yet."""
     _roots: dict[int, RootMessage] = field(default_factory=dict)
 
     @property
@@ -684,6 +688,7 @@ class Coordinator:
         match event:
             case LinkReady():
                 self._back = ReadBack(now.mono + PATIENCE)
+                self._offers.clear()
                 return []
             case ReleaseFound(task=name, message=message):
                 return self._release_found(name, message, now)
@@ -778,6 +783,7 @@ class Coordinator:
 
     def _enter(self, found: Found, now: Instant) -> list[Effect]:
         """Take a release whose weights are there."""
+        found = self._known(found)
         if found.kept:
             return self._catch_up(found, now)
         if not self._newer(found.message, found.manifest):
@@ -795,6 +801,11 @@ class Coordinator:
             # Devices have come further with it, so it goes on above all that they know.
             return effects + self._recover(adopted, _offer_of(adopted, missed.offer), now, missed.release.number + SKIP)
         return effects + self._open(adopted, now)
+
+    def _known(self, found: Found) -> Found:
+        """The same release as the broker has it beside its task, if it lies there as well as on `models/release`."""
+        coming = self._coming.get(found.manifest.task)
+        return found if coming is None or coming.position != found.position else coming
 
     def _adopt(self, found: Found, before: Task | None) -> list[Effect]:
         """Begin a task anew with a manifest; what the operator wanted of it stays."""
@@ -857,6 +868,10 @@ class Coordinator:
 
     def _offer_found(self, name: str, signed: Signed, now: Instant) -> list[Effect]:
         task = self.tasks.get(name)
+        if self._back is None and (task is None or name in self._coming):
+            if name in self._offers or len(self._offers) < _OFFERS_MAX:
+                self._offers[name] = signed
+            return []
         if task is None or (task.offer_signed is not None and signed.payload == task.offer_signed.payload):
             if self._back is not None:
                 self._back.offers[name] = signed
@@ -952,6 +967,7 @@ class Coordinator:
     def _catch_up(self, found: Found, now: Instant) -> list[Effect]:
         """Go on from what the broker knows; its weights are there."""
         self._coming.pop(found.manifest.task, None)
+        offer = self._offers.pop(found.manifest.task, found.offer)
         task = self.tasks.get(found.manifest.task)
         if task is not None and standing(task.position, found.position) is not Standing.AHEAD:
             task.coming = False
@@ -964,14 +980,15 @@ class Coordinator:
             self._replace(task, found.message.release, found.release, 0)
             task.parent = None
             effects.append(AdoptRelease(found.message, found.manifest, found.release))
-        return effects + self._recover(task, _offer_of(task, found.offer), now)
+        return effects + self._recover(task, _offer_of(task, offer), now)
 
     def _weights_lost(self, found: Found, now: Instant) -> list[Effect]:
-        name = found.manifest.task
+        name, found = found.manifest.task, self._known(found)
         task, coming = self.tasks.get(name), self._coming.get(name)
         if not found.kept or (coming is not None and coming.position != found.position):
             return []
         self._coming.pop(name, None)
+        found = replace(found, offer=self._offers.pop(name, found.offer))
         if task is not None and standing(task.position, found.position) is not Standing.AHEAD:
             task.coming = False
             return self._open(task, now)

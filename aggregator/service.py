@@ -60,6 +60,8 @@ _HEARTBEAT = 30.0
 _RETRY_EVERY = 5.0
 """Seconds between two tries to write to a disk that is full."""
 _DAY = 86_400.0
+_DRIFT = 3600.0
+"""Seconds by which the clock may have been set since yesterday and still says what is old."""
 _EXPIRES_SOON = 30
 """Days of validity below which it is told."""
 _SHOW_EVERY = 1.0
@@ -127,6 +129,8 @@ class Service:
         self._ending = threading.Event()
         self._packet_max: int | None = None
         self._daily_due = now.mono
+        self._looked: Instant | None = None
+        """When the daily look was taken before."""
         self._days_left: dict[str, int] = {}
         """Of our certificates, by file name."""
         self._early: list[Message] = []
@@ -648,12 +652,15 @@ class Service:
 
     def _daily(self, now: Instant) -> None:
         """Look at how long our certificates are valid, and let go of rows that nobody asks for any more."""
+        before, self._looked = self._looked, now
         self._daily_due = now.mono + _DAY
         for path in dict.fromkeys((Path(self._config.broker.cert), Path(self._config.broker.ca))):
             ends = min(each.not_valid_after_utc.timestamp() for each in identity.load_certificates(path))
             self._days_left[path.name] = days = int((ends - now.utc) // 86_400)
             if days < _EXPIRES_SOON:
                 tell(Event.CERTIFICATE_EXPIRING, path=str(path), days=days)
+        if before is None or abs((now.utc - before.utc) - (now.mono - before.mono)) > _DRIFT:
+            return  # a clock that was set today deletes nothing
         with contextlib.suppress(StorageError):  # a full disk is told by whatever has to be durable
             pruned = True
             while pruned:

@@ -48,6 +48,8 @@ TASKS_MAX = 64
 """Tasks that one device follows; beyond it a release is refused."""
 STATUS_BURST, STATUS_INTERVAL, STATUS_REFRESH = 3, 300.0, 6 * 3600.0
 """Status messages at once, seconds until one more is allowed, seconds after which it is said again."""
+CLOCK_SETTLES = 30.0
+"""Seconds after which a clock that was set is believed, whatever was before."""
 PROGRESS_INTERVAL = 10.0
 """Seconds between two lines about a training that goes on; one that takes less is told by its start and end."""
 OUTBOX_COUNT, OUTBOX_BYTES = 16, 256 << 20
@@ -140,7 +142,10 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class ClockSet:
-    """The wall clock jumped: look at the device now, and what was said with a time has to be said again."""
+    """The wall clock jumped: look at the device now, and what was said with a time has to be said again.
+
+    So it is with what was refused because of the time: soon, once the new time is believed, it is asked for again.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +256,11 @@ class RestTrainer:
 
 
 @dataclass(frozen=True, slots=True)
+class AskRecords:
+    """Have the broker send all retained releases and offers once more."""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingFinished:
     """The job is done and its sealed body lies in the outbox."""
 
@@ -311,6 +321,7 @@ Effect = (
     | StopTraining
     | TrainingFailed
     | RestTrainer
+    | AskRecords
     | TrainingFinished
     | DeliveryEffect
     | Settled
@@ -403,6 +414,8 @@ class Participation:
     _speak_at: float | None = None
     """Monotonic seconds at which a word that is held back may be said."""
     _refresh_at: float | None = None
+    _ask_at: float | None = None
+    """Monotonic seconds at which records are asked for again, because the clock was set."""
 
     def __post_init__(self) -> None:
         self._gate = Gatekeeper(self.policy)
@@ -437,7 +450,7 @@ class Participation:
         if self._gate.deadline is None:
             wanted.append(0.0)
         wanted.append(self._next_start if self.work is None else self.work.deadline)
-        wanted += [self._speak_at] if self.connected else []
+        wanted += [self._speak_at, self._ask_at] if self.connected else []
         wanted += [self.downloads.deadline, self.delivery.deadline]
         return min((each for each in wanted if each is not None), default=None)
 
@@ -450,6 +463,7 @@ class Participation:
         match event:
             case Connected(packet_max=packet_max):
                 self.connected, self._said, self._packet_max = True, None, packet_max
+                self._ask_at = None if self._ask_at is None else now.mono + CLOCK_SETTLES
                 return [*self.downloads.connected(now.mono), *self.delivery.connected(now.mono)]
             case Disconnected():
                 self.connected = False
@@ -480,7 +494,7 @@ class Participation:
             case Wake():
                 return [self._sense()]
             case ClockSet():
-                self._said = None
+                self._said, self._ask_at = None, now.mono + CLOCK_SETTLES
                 return [self._sense()]
             case TrainerTold(message=message):
                 return self._trainer_told(message, now)
@@ -503,6 +517,9 @@ class Participation:
         if self._warm_until is not None and self.work is None and self._warm_until <= now.mono:
             self._warm_until = None
             effects.append(RestTrainer())
+        if self._ask_at is not None and self._ask_at <= now.mono and self.connected:
+            self._ask_at = None
+            effects.append(AskRecords())
         effects += self.downloads.tick(now.mono)
         effects += self.delivery.expire(now.utc, now.mono)
         effects += self.delivery.tick(now.mono)

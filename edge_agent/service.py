@@ -459,6 +459,9 @@ class Service:
                     detail=effect.detail,
                     retry=effect.retry,
                 )
+            case core.AskRecords():
+                # A subscription that is there already brings what is retained once more.
+                self._link.subscribe(TASK_RELEASES, TASK_ROUNDS)
             case core.RestTrainer():
                 self._trainer.stop()
             case core.TrainingFinished():

@@ -23,6 +23,7 @@ from shared.chunks import CHUNK_MIN
 from shared.control import ControlRequest
 from shared.driver import read_clock
 from shared.errors import ConfigError, Reason, StorageError
+from shared.machine import Instant
 from shared.messages import (
     FedAvg,
     Missing,
@@ -733,10 +734,17 @@ def test_rows_of_long_ago_go(bench: Bench) -> None:
     service = bench.service
     with service._store.transaction():
         service._store.end_round(TASK, 2, 1, "released", read_clock().utc - 401 * 86_400)
-    service._daily_due = read_clock().mono
-    service._driver.turn(0.0)
-    kept = [service._store.recall(TASK, 2, number, bench.device.name) for number in range(1, 4)]
-    assert [row is not None for row in kept] == [False, True, True]
+
+    def kept(yesterday: float) -> list[bool]:
+        """Which rows are left after a look, when the clock said so much less a day ago."""
+        service._daily_due = now = read_clock().mono
+        service._looked = Instant(now - 86_400, read_clock().utc - yesterday)
+        service._driver.turn(0.0)
+        rows = [service._store.recall(TASK, 2, number, bench.device.name) for number in range(1, 4)]
+        return [row is not None for row in rows]
+
+    assert kept(86_400 + 500 * 86_400) == [True, True, True], "a clock that was set today may be wrong"
+    assert kept(86_400) == [False, True, True]
     assert service._daily_due > read_clock().mono + 86_000
 
 

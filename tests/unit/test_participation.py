@@ -583,6 +583,19 @@ def test_the_status_is_said_again_when_the_clock_was_set() -> None:
     assert kinds(bench.tell(core.ClockSet())) == ["PublishStatus"]
 
 
+def test_records_are_asked_for_again_when_the_clock_was_set() -> None:
+    """What a clock that was ahead refused as expired lies on the broker and would not come again by itself."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick())
+    bench.tell(core.ClockSet())
+    assert "AskRecords" in kinds(bench.after(core.CLOCK_SETTLES))
+    assert "AskRecords" not in kinds(bench.after(core.CLOCK_SETTLES))
+    bench.tell(core.ClockSet(), core.Disconnected())
+    assert "AskRecords" not in kinds(bench.after(core.CLOCK_SETTLES))
+    bench.tell(core.Connected())
+    assert "AskRecords" in kinds(bench.after(core.CLOCK_SETTLES))
+
+
 def test_mended_data_are_offered_again_without_a_training() -> None:
     """While the aggregator waits for this very device no round opens in which it could prove them good."""
     bench = Bench()

@@ -1,5 +1,6 @@
 """The broker is read back on every connection: what is lost is put back, what is newer adopted, numbers left out."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -326,7 +327,7 @@ def test_a_manifest_whose_weights_cannot_be_had_needs_its_publisher(memory: str,
         assert again.machine.tasks["points"].phase == "needs_manifest"
     assert again.tell(*(core.StatusReceived(each, status(v=2)) for each in "def")) == []
     # The next connection tries again.
-    again.tell(FIRST, ROOT, core.ReleaseFound("points", _second(5)), LAST)
+    again.tell(FIRST, ROOT, core.ReleaseFound("points", _second(5)), _third_offer(), LAST)
     assert again.tell(core.WeightsLost(fetch.found)) == []
     effects = again.tell(core.ReleaseReceived(_second(0, whole)))
     if not whole:
@@ -336,6 +337,29 @@ def test_a_manifest_whose_weights_cannot_be_had_needs_its_publisher(memory: str,
     task = again.machine.tasks["points"]
     assert (task.manifest.version, task.release.number, task.phase) == (2, 5 + 1000, "collecting")
     assert [each.offer.round for each in effects if isinstance(each, core.OpenRound)] == [52]
+
+
+def test_one_release_on_both_topics() -> None:
+    """Whichever the shell began to fetch, its weights are those of what the broker knows of the task."""
+    for lost in (False, True):
+        again, fetch = _behind("an older manifest", False)
+        published = replace(fetch.found, kept=False)
+        effects = again.tell(core.WeightsLost(published) if lost else core.WeightsArrived(published))
+        assert bool(only(effects, core.AdoptRelease)) is not lost
+        assert again.machine.tasks["points"].phase == ("needs_manifest" if lost else "collecting")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_offer_that_comes_after_the_barrier(lost: bool) -> None:
+    """The broker may answer in any order: what devices know of a task that is only coming counts all the same."""
+    again, fetch = _behind("none", False, offered=False)
+    assert again.tell(_third_offer()) == []
+    if lost:
+        again.tell(core.WeightsLost(fetch.found))
+        again.tell(core.ReleaseReceived(_second(0, whole=True)))
+    else:
+        again.tell(core.WeightsArrived(fetch.found))
+    assert (again.machine.tasks["points"].last_round, again.offer.round) == (52, 52)
 
 
 def test_a_newer_manifest_ends_the_need() -> None:
@@ -359,17 +383,20 @@ def _second(number: int, whole: bool = False) -> ReleaseMessage:
     return structs.replace(RECORDS.message(), v=2, manifest=manifest, release=record, weights=None)
 
 
-def _behind(memory: str, whole: bool) -> tuple[Bench, core.FetchWeights]:
+def _third_offer() -> core.OfferFound:
+    """Round 3, on the fifth release of the second manifest."""
+    return core.OfferFound("points", RECORDS.sign_offer(RECORDS.offer(_second(5), 3)))
+
+
+def _behind(memory: str, whole: bool, offered: bool = True) -> tuple[Bench, core.FetchWeights]:
     """An aggregator that learns of release 5 of manifest 2, after three rounds, and fetches it."""
     again = Bench()
     if memory != "none":
         again.begin(devices="")
     again.tell(*(core.StatusReceived(each, status(v=2)) for each in "abc"))
     again.machine.ready = False
-    message = _second(5)
-    record = RECORDS.offer(message, 3)
-    offer = core.OfferFound("points", RECORDS.sign_offer(record))
-    (fetch,) = only(again.tell(FIRST, ROOT, core.ReleaseFound("points", message), offer, LAST), core.FetchWeights)
+    found: list[core.Event] = [core.ReleaseFound("points", _second(5)), *([_third_offer()] if offered else [])]
+    (fetch,) = only(again.tell(FIRST, ROOT, *found, LAST), core.FetchWeights)
     assert isinstance(fetch, core.FetchWeights)
     return again, fetch
 

@@ -12,6 +12,8 @@ socket, a disk or a clock, and it never sees an update's numbers: those pass fro
 Every round ends in exactly one of released, rejected_by_gate, superseded, stopped, finished.
 """
 
+import contextlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, assert_never
@@ -56,8 +58,8 @@ STATUS_AGE_MAX = 13 * 3600
 EXPIRED_KEPT = 86_400.0
 """Seconds for which the clock must say that a manifest has expired before an open round ends for that: one that jumps
 ahead costs no update."""
-_OFFERS_MAX = 256
-"""Offers that wait for the release of their task."""
+_OFFERS_TASKS, _OFFERS_EACH = 256, 8
+"""Tasks whose offers wait for a release, and the newest offers of each."""
 _ROOTS_AHEAD = 64
 """Newer roots that wait for the one before them."""
 
@@ -667,7 +669,7 @@ class Coordinator:
     """What the broker knows of a task and we do not: its weights are on their way."""
     _missed: dict[str, Found] = field(default_factory=dict)
     """As before, but its weights cannot be had, and of its manifest we have none."""
-    _offers: dict[str, Signed] = field(default_factory=dict)
+    _offers: dict[str, deque[Signed]] = field(default_factory=dict)
     """Offers that came after the barrier and before the release that they are on; not verified yet."""
     _roots: dict[int, RootMessage] = field(default_factory=dict)
 
@@ -807,6 +809,16 @@ class Coordinator:
         coming = self._coming.get(found.manifest.task)
         return found if coming is None or coming.position != found.position else coming
 
+    def _offered(self, found: Found) -> Found:
+        """With the highest of the offers that the broker has of it, or had before ours took their place."""
+        newest, rank = found.offer, (-1, -1)
+        for signed in (*([] if found.offer is None else [found.offer]), *self._offers.pop(found.manifest.task, ())):
+            with contextlib.suppress(RemoteProtocolError):
+                offer = trust.offer(signed, found.message.manifest, found.manifest)
+                if (offer.round, offer.sequence) > rank:
+                    newest, rank = signed, (offer.round, offer.sequence)
+        return replace(found, offer=newest)
+
     def _adopt(self, found: Found, before: Task | None) -> list[Effect]:
         """Begin a task anew with a manifest; what the operator wanted of it stays."""
         adopted = Task(found.message.manifest, found.manifest, found.message.release, found.release)
@@ -869,8 +881,8 @@ class Coordinator:
     def _offer_found(self, name: str, signed: Signed, now: Instant) -> list[Effect]:
         task = self.tasks.get(name)
         if self._back is None and (task is None or name in self._coming):
-            if name in self._offers or len(self._offers) < _OFFERS_MAX:
-                self._offers[name] = signed
+            if name in self._offers or len(self._offers) < _OFFERS_TASKS:
+                self._offers.setdefault(name, deque(maxlen=_OFFERS_EACH)).append(signed)
             return []
         if task is None or (task.offer_signed is not None and signed.payload == task.offer_signed.payload):
             if self._back is not None:
@@ -922,6 +934,11 @@ class Coordinator:
             return []  # of an earlier connection
         first, self.ready = not self.ready, True
         effects: list[Effect] = [] if back.root else [PublishRoot(self.trust.root.version)]
+        self._offers = {
+            name: deque([signed], _OFFERS_EACH)
+            for name, signed in back.offers.items()
+            if name not in self.tasks and name not in back.releases
+        }
         for name in sorted(self.tasks.keys() | back.releases.keys()):
             effects += self._compare(name, back, first, now)
         return effects
@@ -967,7 +984,7 @@ class Coordinator:
     def _catch_up(self, found: Found, now: Instant) -> list[Effect]:
         """Go on from what the broker knows; its weights are there."""
         self._coming.pop(found.manifest.task, None)
-        offer = self._offers.pop(found.manifest.task, found.offer)
+        found = self._offered(found)
         task = self.tasks.get(found.manifest.task)
         if task is not None and standing(task.position, found.position) is not Standing.AHEAD:
             task.coming = False
@@ -980,7 +997,7 @@ class Coordinator:
             self._replace(task, found.message.release, found.release, 0)
             task.parent = None
             effects.append(AdoptRelease(found.message, found.manifest, found.release))
-        return effects + self._recover(task, _offer_of(task, offer), now)
+        return effects + self._recover(task, _offer_of(task, found.offer), now)
 
     def _weights_lost(self, found: Found, now: Instant) -> list[Effect]:
         name, found = found.manifest.task, self._known(found)
@@ -988,7 +1005,7 @@ class Coordinator:
         if not found.kept or (coming is not None and coming.position != found.position):
             return []
         self._coming.pop(name, None)
-        found = replace(found, offer=self._offers.pop(name, found.offer))
+        found = self._offered(found)
         if task is not None and standing(task.position, found.position) is not Standing.AHEAD:
             task.coming = False
             return self._open(task, now)
@@ -1012,7 +1029,7 @@ class Coordinator:
         last = max(task.last_round, 0 if newest is None else newest.round)
         finished = newest is not None and newest.state is OfferState.FINISHED
         number = last if finished else skipped(last, task.manifest.plan.rounds)
-        if newest is not None and number == last and newest is theirs:
+        if newest is not None and number == last and (newest is theirs or newest.state is OfferState.OPEN):
             state = OfferState.FINISHED if finished else OfferState.CLOSED
             marked = structs.replace(newest, sequence=newest.sequence + 1, state=state)
         elif number > last:
@@ -1025,6 +1042,8 @@ class Coordinator:
             signed = self.sign(marked)
             effects.append(MarkRound(task.manifest.version, marked, signed, task.last_round >= marked.round))
             task.offer, task.offer_signed, task.last_round = marked, signed, marked.round
+        elif task.offer_signed is not None:
+            effects.append(PublishOffer(task.manifest.task, task.offer_signed))
         task.done, task.restored = finished, False
         spent = not finished and task.last_round >= task.manifest.plan.rounds
         task.needs_manifest = spent or task.manifest.task in self._missed

@@ -10,10 +10,10 @@ from msgspec import structs
 
 from aggregator import coordinator as core
 from aggregator.readback import PATIENCE, Standing, skipped, standing
-from shared import signing, trust
+from shared import signing, trust, wire
 from shared.errors import Reason, RemoteProtocolError
 from shared.machine import Instant
-from shared.messages import BlobRef, OfferState, Outcome, ReleaseMessage, Role, RootMessage
+from shared.messages import BlobRef, OfferState, Outcome, ReleaseMessage, Role, RootMessage, RoundOffer
 from shared.trust import Position
 from tests.records import NOW, Records, key, weights
 from tests.unit.test_coordinator import RECORDS, UP, Bench, ends, only, receipts, run_round, status
@@ -255,6 +255,26 @@ def test_no_number_left_needs_a_manifest() -> None:
     assert only(again.tell(core.ReleaseReceived(RECORDS.message(RECORDS.manifest(version=2)))), core.OpenRound)
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_last_round_that_a_backup_ended_is_closed_on_the_broker(closed: bool) -> None:
+    """Devices would go on training for an offer that is still open there."""
+    again = Bench()
+    again.begin(RECORDS.message(RECORDS.manifest(rounds=1)))
+    kept = retained(again)
+    if closed:
+        for device in "abc":
+            again.update(device)
+    task = again.machine.tasks["points"]
+    # As a backup comes back: the round has ended, its offer is as it was.
+    task.round = task.closing = None
+    again.machine.ready, task.restored = False, True
+    effects = again.tell(FIRST, ROOT, *kept, LAST)
+    said = [each for each in effects if isinstance(each, core.MarkRound | core.PublishOffer)]
+    offers = [wire.unpack(each.signed.payload, RoundOffer) for each in said]
+    assert [(each.sequence, each.state) for each in offers] == [(1, OfferState.CLOSED)]
+    assert task.phase == "needs_manifest"
+
+
 def test_a_finished_task_stays_finished() -> None:
     """The broker's word that all rounds are done is adopted, and the task is at its end and not in need."""
     before, again = restored(rounds=2)
@@ -353,7 +373,7 @@ def test_one_release_on_both_topics() -> None:
 def test_an_offer_that_comes_after_the_barrier(lost: bool) -> None:
     """The broker may answer in any order: what devices know of a task that is only coming counts all the same."""
     again, fetch = _behind("none", False, offered=False)
-    assert again.tell(_third_offer()) == []
+    assert again.tell(_third_offer(), _third_offer(round=2)) == []
     if lost:
         again.tell(core.WeightsLost(fetch.found))
         again.tell(core.ReleaseReceived(_second(0, whole=True)))
@@ -383,9 +403,9 @@ def _second(number: int, whole: bool = False) -> ReleaseMessage:
     return structs.replace(RECORDS.message(), v=2, manifest=manifest, release=record, weights=None)
 
 
-def _third_offer() -> core.OfferFound:
+def _third_offer(**changes: object) -> core.OfferFound:
     """Round 3, on the fifth release of the second manifest."""
-    return core.OfferFound("points", RECORDS.sign_offer(RECORDS.offer(_second(5), 3)))
+    return core.OfferFound("points", RECORDS.sign_offer(RECORDS.offer(_second(5), 3, **changes)))
 
 
 def _behind(memory: str, whole: bool, offered: bool = True) -> tuple[Bench, core.FetchWeights]:

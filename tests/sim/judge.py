@@ -25,7 +25,21 @@ Non-failure conditions, which the protocol does not promise:
   way through it comes again when whoever sent it sends it again
 - devices train a round once more when they crash before their update lies in the outbox
 - a message in hand at two crashes in a row is taken for their cause and put in quarantine
-- a wall clock that is wrong costs rounds; back-offs and extensions take as long as they are configured to
+- a wall clock that is wrong costs rounds; back-offs and extensions take as long as they are configured to; one that
+  is behind by more than 400 days lets what it dates be forgotten early, so that an old head is answered `late`
+
+Once the aggregator's disk was lost, or went back to a backup, all of that holds but for this:
+
+- what it had counted and not released is lost, and what it said of a head: the same may be answered otherwise now
+- a number that it gave, and that no device ever followed, may be given again; so a round may open, count and end anew.
+  What devices follow is as strict as ever: no position goes back, and none of them follows another record at a position
+  than another device does
+- a round that was open ends without a word
+- a task whose rounds may all be used up says `needs_manifest`, and has to come to its end with a newer manifest
+
+If the broker's memory was lost as well in the same schedule, be it at another time, nobody but devices may know how far
+a task had come. Then two devices may follow two records at one position, and a task that does not come to its end by
+itself need not say so; with a newer manifest it has to.
 """
 
 from collections import Counter
@@ -55,10 +69,11 @@ class Broken(AssertionError):
 
 @dataclass(frozen=True)
 class Step:
-    """A round that was released."""
+    """A round that was released, with the heads that were counted for it."""
 
     place: Place
     release: Release
+    counted: dict[str, bytes]
 
 
 class Ledger:
@@ -68,7 +83,9 @@ class Ledger:
         self.world = world
         self.manifests: dict[bytes, TaskManifest] = {}
         self.forgot = False
-        """The aggregator was restored from a backup, so it may not know what it did."""
+        """The aggregator's disk was lost or restored from a backup, so it may not know what it did."""
+        self.broker_forgot = False
+        """So may the broker, at whatever time."""
         self.releases: dict[bytes, Release] = {}
         self.steps: list[Step] = []
         self.counted: dict[Place, dict[str, bytes]] = {}
@@ -79,11 +96,22 @@ class Ledger:
         self._outcomes: dict[bytes, str] = {}
         self._positions: dict[tuple[str, ...], bytes] = {}
         self._accepted: dict[tuple[str, str, str], tuple[tuple[int, ...], bytes]] = {}
+        self._followed: dict[tuple[str, ...], bytes] = {}
+        """By position, the record that any device accepted there."""
+        self._answerable: set[tuple[str, Place]] = set()
+        """(device, place) of all that ever was counted."""
         self._sealed: set[tuple[str, str, int, int]] = set()
         """(device, task, manifest version, round) of every update that was in an outbox."""
         self.receipts: Counter[str] = Counter()
         self.answers: dict[str, set[Place]] = {}
         """Rounds for which a device holds an `accepted` receipt."""
+
+    def forget(self) -> None:
+        """The aggregator's disk goes back or is lost."""
+        self.forgot = True
+        # What it signed and nobody followed it may sign anew; of what was open it knows nothing, or that it has ended.
+        self._positions.clear()
+        self.opened = set(self.ended)
 
     # -- what is told --
 
@@ -138,17 +166,21 @@ class Ledger:
                 if context.device in counted or place in self.ended:
                     raise Broken(f"{context.device} counts twice in {place}, or after its end")
                 counted[context.device] = received.digest
+                self._answerable.add((context.device, place))
                 self._heads.add(received.digest)
             case core.OpenRound(offer=offer):
                 place = (offer.task, effect.manifest_version, offer.round)
                 if place in self.opened:
-                    raise Broken(f"{place} opens twice")
+                    if not self.forgot:
+                        raise Broken(f"{place} opens twice")
+                    self.ended.pop(place, None)
                 self.opened.add(place)
+                self.counted.pop(place, None)
             case core.StoreRelease(release=release):
                 place = (release.task, effect.manifest_version, effect.round_number)
                 self._end(place, "released")
                 self._release(release, effect.signed)
-                self.steps.append(Step(place, release))
+                self.steps.append(Step(place, release, dict(self.counted.get(place, {}))))
             case core.RestoreRelease(release=release):
                 self._release(release, effect.signed)
                 source = self.releases.get(release.restores or b"")
@@ -200,6 +232,10 @@ class Ledger:
         if known is not None and (found[0] < known[0] or (found[0] == known[0] and found != known)):
             raise Broken(f"{device.name}: the {kind} of {task} goes from {known[0]} to {found[0]}")
         self._accepted[device.name, kind, task] = found
+        if not (self.forgot and self.broker_forgot):
+            first = self._followed.setdefault((kind, task, *map(str, position.rank)), position.digest)
+            if first != position.digest:
+                raise Broken(f"devices follow two different records: {kind} {position.rank} of {task}")
 
 
 # -- when all is quiet --------------------------------------------------------------------------------------------
@@ -216,6 +252,14 @@ def finished(aggregator: Aggregator, versions: dict[str, int]) -> bool:
         and tasks[name].phase in ("finished", "needs_manifest")
         for name, version in versions.items()
     )
+
+
+def needs_manifest(aggregator: Aggregator, task: str) -> bool:
+    """Whether the aggregator says that only a newer version of a task can go on."""
+    if aggregator.service is None:
+        return False
+    known = aggregator.service._coordinator.tasks.get(task)
+    return known is not None and known.phase == "needs_manifest"
 
 
 def restless(aggregator: Aggregator, devices: Sequence[Device], versions: dict[str, int]) -> str:
@@ -247,11 +291,10 @@ def judge(ledger: Ledger, aggregator: Aggregator, devices: Sequence[Device]) -> 
     for step in ledger.steps:
         _judge_step(ledger, aggregator, step, by_name)
     for place in ledger.opened - ledger.ended.keys():
-        if not ledger.forgot:
-            raise Broken(f"{place} never ended")
+        raise Broken(f"{place} never ended")
     for name, places in ledger.answers.items():
         for place in places:
-            if name not in ledger.counted.get(place, {}):
+            if (name, place) not in ledger._answerable:
                 raise Broken(f"{name} holds a receipt for {place}, and is not among those counted")
     _judge_rest(ledger, aggregator, devices)
     return Counter(
@@ -270,7 +313,7 @@ def _judge_step(ledger: Ledger, aggregator: Aggregator, step: Step, devices: dic
     manifest = ledger.manifests[release.manifest]
     parent = ledger.releases[release.parent or b""]
     moved = _flat(ledger, aggregator, manifest, release) - _flat(ledger, aggregator, manifest, parent)
-    counted = ledger.counted.get(step.place, {})
+    counted = step.counted
     uniform = manifest.algorithm.weights == "uniform"
     weights = {name: 1.0 if uniform else float(devices[name].examples) for name in counted}
     expected = np.zeros(len(moved), np.float32)

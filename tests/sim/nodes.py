@@ -30,6 +30,7 @@ from msgspec import structs
 
 import aggregator.blobs
 import aggregator.download
+import aggregator.intake
 import aggregator.quarantine
 import aggregator.service
 import aggregator.sqlite
@@ -41,8 +42,8 @@ import shared.driver
 import shared.files
 import shared.logs
 import shared.spool
+from aggregator import backup, control
 from aggregator import config as aggregator_settings
-from aggregator import control
 from aggregator.ports import BlobLost
 from edge_agent import config as agent_settings
 from edge_agent import participation
@@ -52,14 +53,16 @@ from edge_agent.eligibility import DeviceFacts, Policy
 from edge_agent.jobs import Done, Failed, Job
 from shared import codec, sealing
 from shared.control import ControlRequest
-from shared.errors import StorageError
+from shared.errors import ConfigError, StorageError
 from shared.layout import FLOATING, size
 from shared.machine import Instant
 from shared.messages import PlainBody
-from tests.sim.world import Broker, Crash, FakeLink, World
+from tests.sim.world import EPOCH, Broker, Crash, FakeLink, World
 
 _make_engine = aggregator.sqlite.engine
 
+CERTIFIED = (-2 * 86_400.0, 1095 * 86_400.0)
+"""Seconds from the beginning within which the broker's certificate is valid: a clock outside them gets no TLS."""
 SPIN = 10_000
 """Turns at one moment after which a daemon will never rest."""
 
@@ -98,6 +101,12 @@ class Program:
         self._countdown: int | None = None
         self._due: float | None = None
         self._woken = self._waits = False
+
+    @property
+    def admitted(self) -> bool:
+        """Whether it can reach the broker, and believes its certificate."""
+        since = self.world.instant(self.skew).utc - EPOCH
+        return self.reachable and CERTIFIED[0] < since < CERTIFIED[1]
 
     def make(self) -> Any:
         """A service that has started."""
@@ -251,6 +260,7 @@ class Aggregator(Program):
             state=structs.replace(loaded.state, directory=folder / "aggregator"),
             limits=structs.replace(loaded.limits, inline_max=inline),
         )
+        self._archive = folder / "backup.tar"
 
     def make(self) -> Any:
         return aggregator.service.Service(self.config, self.world.instant(self.skew))
@@ -259,6 +269,36 @@ class Aggregator(Program):
         service._store.close()
         service._blobs.close()
         service._lock.close()
+
+    def back_up(self) -> bool:
+        """Write a backup, running or not; whether there was anything to write."""
+        if self._waits or not self.config.database.exists():
+            return False
+        with contextlib.suppress(ConfigError):  # a database that is not whole yet
+            backup.make(self.config, self._archive, self.world.instant().utc)
+            return True
+        return False
+
+    def lose_disk(self, seconds: float) -> bool:
+        """Its state directory is gone; root and keys lie elsewhere. Off for so long; whether that could be now."""
+        if self._waits:
+            return False
+        self.sleep(seconds)
+        for path in (self.config.state.directory / "blobs").glob("?" * 64):
+            self.world.archive[bytes.fromhex(path.name)] = path.read_bytes()
+        shutil.rmtree(self.config.state.directory, ignore_errors=True)
+        return True
+
+    def restore(self, seconds: float) -> bool:
+        """Its state directory becomes what the newest backup holds; whether there is one."""
+        if self._waits or not self._archive.exists():
+            return False
+        if self.world.chance(0.5):
+            self.lose_disk(seconds)
+        else:
+            self.sleep(seconds)
+        backup.restore(self.config, self._archive, self.world.instant().utc, force=True)
+        return True
 
     def command(self, verb: Any, task: str, to: int | None = None) -> None:
         """The operator asks for something; nobody listens at a dead daemon's door."""
@@ -493,7 +533,7 @@ def virtual(world: World) -> Iterator[None]:
         return world.instant(running.skew if isinstance(running, Program) else 0.0)
 
     patches: list[tuple[Any, str, Any]] = [(os, "urandom", world.random_bytes)]
-    for module in (aggregator.service, aggregator.quarantine, edge_agent.service, shared.driver):
+    for module in (aggregator.service, aggregator.intake, aggregator.quarantine, edge_agent.service, shared.driver):
         patches.append((module, "read_clock", clock))
     for module in (aggregator.service, edge_agent.service):
         patches.append((module, "Link", FakeLink))

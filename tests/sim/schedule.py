@@ -23,6 +23,7 @@ CHUNK = 2048
 """Bytes of the publisher's chunks."""
 DEVICES_MAX = 6
 DAY = 86_400.0
+YEAR = 365 * DAY
 MODEL = records.wide(WIDTH)
 Trace = Callable[[str], None]
 
@@ -109,6 +110,9 @@ class Schedule:
         """Let everything come to rest, and judge it; the same once more after everybody was restarted."""
         self._calm()
         last = max([self.world.now, *(program.off_until for program in self.programs)])
+        if self.ledger.forgot:
+            self._help(last + DAYS * DAY)
+            last = self.world.now
         self._rest(last + DAYS * DAY)
         seen = judge.judge(self.ledger, self.aggregator, self.devices)
         if self.world.chance(0.2):
@@ -118,13 +122,23 @@ class Schedule:
             seen = judge.judge(self.ledger, self.aggregator, self.devices)
         return seen + self.happened
 
-    def _rest(self, until: float) -> None:
-        def rests() -> bool:
-            return not judge.restless(self.aggregator, self.devices, self.versions)
+    def _help(self, until: float) -> None:
+        """After a loss the operator publishes newer versions of the tasks that ask for it, or that nobody can go on
+        with because the broker has forgotten, too."""
+        quiet = self.world.run(until, lambda: not self._restless())
+        if quiet or self.ledger.broker_forgot:
+            for task in sorted(self.versions):
+                needed = judge.needs_manifest(self.aggregator, task)
+                if needed or not quiet:
+                    self._note("manifests needed" if needed else "manifests that end a stalemate")
+                    self._publish(task)
 
-        if not self.world.run(until, rests):
-            why = judge.restless(self.aggregator, self.devices, self.versions)
-            raise Broken(f"not at rest {DAYS} days after the last fault: {why}; {self._where()}")
+    def _restless(self) -> str:
+        return judge.restless(self.aggregator, self.devices, self.versions)
+
+    def _rest(self, until: float) -> None:
+        if not self.world.run(until, lambda: not self._restless()):
+            raise Broken(f"not at rest {DAYS} days after the last fault: {self._restless()}; {self._where()}")
 
     def _where(self) -> str:
         service = self.aggregator.service
@@ -235,6 +249,10 @@ class Schedule:
                 world.at(at, dice.choices(kinds, weights)[0])
         for _ in range(5):
             self._later(self.trouble, self.broker.save)
+        if dice.random() < 0.25:
+            # Of a kind of their own: they change what may be asked of all that follows.
+            self._later(self.trouble, self._back_up)
+            self._later(self.trouble, dice.choice((self._lose_disk, self._restore, self._restore)))
 
     def _note(self, what: str) -> None:
         self.happened[what] += 1
@@ -249,6 +267,7 @@ class Schedule:
         if self.broker.up:
             how = self.world.dice.choice(("kept", "kept", "empty", "older", "forgetful"))
             self._note(f"broker {how}")
+            self.ledger.broker_forgot |= how in ("empty", "older")
             self.broker.stop(how)
             self.world.at(self.world.dice.choice((1.0, 60.0, 600.0)), self.broker.start)
 
@@ -281,6 +300,7 @@ class Schedule:
         if self.broker.up:
             how = dice.choice(("kept", "older", "older"))
             self._note(f"blackouts, broker {how}")
+            self.ledger.broker_forgot |= how == "older"
             self.broker.stop(how)
             self.world.at(dice.uniform(0.0, 100.0), self.broker.start)
             for program in self.programs:
@@ -288,9 +308,36 @@ class Schedule:
 
     def _set_clock(self) -> None:
         dice, program = self.world.dice, self.world.dice.choice(self.programs)
-        program.skew = dice.choice((0.0, -900.0, 900.0))
+        jump = dice.choice((0.0, 900.0, 900.0, DAY, 400 * DAY, 40 * YEAR))
+        program.skew = dice.choice((-jump, jump))
         self.world.say(f"{program.name}: its clock is off by {program.skew:.0f} s")
         program.wake()
+        if jump >= DAY:
+            self._note("clocks off by a day or years")
+
+            def put_right() -> None:
+                program.skew = 0.0
+                program.wake()
+
+            self.world.at(dice.choice((60.0, 600.0, 1e9)), put_right)
+
+    def _back_up(self) -> None:
+        if self.aggregator.back_up():
+            self.world.say("operator makes a backup")
+        else:
+            self.world.at(60.0, self._back_up)
+
+    def _lose_disk(self) -> None:
+        if self.aggregator.lose_disk(self.world.dice.choice((1.0, 600.0))):
+            self._note("disks lost")
+            self.world.say("the aggregator's disk is lost")
+            self.ledger.forget()
+
+    def _restore(self) -> None:
+        if self.aggregator.restore(self.world.dice.choice((1.0, 600.0))):
+            self._note("restored")
+            self.world.say("the aggregator is restored from its backup")
+            self.ledger.forget()
 
     def _fill_disk(self) -> None:
         program = self.world.dice.choice(self.programs)

@@ -364,7 +364,7 @@ class FakeLink:
     def _connect(self) -> None:
         if not self.alive or self.connected:
             return
-        if not self.broker.up or not self._node.reachable:  # type: ignore[attr-defined]
+        if not self.broker.up or not self._node.admitted:  # type: ignore[attr-defined]
             self._world.at(self._world.dice.uniform(1.0, 60.0), self._connect)
             return
         self.epoch = epoch = self.epoch + 1

@@ -9,6 +9,7 @@ Failure conditions, each a bug, whatever the faults were:
 - an `accepted` receipt leaves before its contribution is durable, or its device is not in the sum that was released
 - one head is answered `accepted` and, at another time, otherwise
 - a device counts twice in a round; a round ends twice, or not at all
+- a clock that is wrong for less than a day ends a round as `finished`, or has a device told that its certificate is bad
 - two different signed records at one position; a record of the aggregator's that does not continue the one before
 - a position that a device accepted goes back; a device follows a release that was never made, or trains a round again
   whose update lies in its outbox
@@ -53,6 +54,7 @@ from numpy.typing import NDArray
 from aggregator import coordinator as core
 from edge_agent import delivery, participation
 from shared import signing, tensors, wire
+from shared.errors import Reason
 from shared.messages import Receipt, Release, ReleaseMessage, RoundOffer, Signed, TaskManifest
 from tests.sim.nodes import Aggregator, Device, Program
 from tests.sim.world import World
@@ -151,6 +153,8 @@ class Ledger:
 
     def _receipt(self, receipt: Receipt) -> None:
         outcome = receipt.outcome.value
+        if receipt.reason == Reason.BAD_CERTIFICATE.value:
+            raise Broken(f"{receipt.device} is told that its certificate is bad, which a clock is to blame for")
         if outcome == "accepted" and receipt.head not in self._heads:
             raise Broken(f"{receipt.device} is told `accepted` for round {receipt.round} before that is durable")
         before = self._outcomes.setdefault(receipt.head, outcome)
@@ -196,6 +200,8 @@ class Ledger:
     def _end(self, place: Place, how: str) -> None:
         if place in self.ended or place not in self.opened:
             raise Broken(f"{place} ends as {how}, and was {self.ended.get(place, 'never open')}")
+        if how == "finished":
+            raise Broken(f"{place} ends with its manifest, long before its time")
         self.ended[place] = how
 
     def _release(self, release: Release, signed: Signed) -> None:

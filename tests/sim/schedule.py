@@ -327,17 +327,28 @@ class Schedule:
         else:
             self.world.at(60.0, self._back_up)
 
+    def _begin_anew(self) -> None:
+        """The aggregator goes on with less than it knew, on a machine whose clock may not have been set yet."""
+        self.ledger.forget()
+        if self.world.chance(0.3):
+            self.aggregator.skew = self.world.dice.choice((DAY, 400 * DAY))
+            self.world.at(self.world.dice.choice((700.0, 1500.0)), self._put_clock_right)
+
+    def _put_clock_right(self) -> None:
+        self.aggregator.skew = 0.0
+        self.aggregator.wake()
+
     def _lose_disk(self) -> None:
         if self.aggregator.lose_disk(self.world.dice.choice((1.0, 600.0))):
             self._note("disks lost")
             self.world.say("the aggregator's disk is lost")
-            self.ledger.forget()
+            self._begin_anew()
 
     def _restore(self) -> None:
         if self.aggregator.restore(self.world.dice.choice((1.0, 600.0))):
             self._note("restored")
             self.world.say("the aggregator is restored from its backup")
-            self.ledger.forget()
+            self._begin_anew()
 
     def _fill_disk(self) -> None:
         program = self.world.dice.choice(self.programs)

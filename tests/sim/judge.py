@@ -279,6 +279,8 @@ def restless(aggregator: Aggregator, devices: Sequence[Device], versions: dict[s
         part = device.service._participation
         if list(part.delivery.waiting):
             return f"{device.name} waits for an answer"
+        if device.service._flying:
+            return f"{device.name} waits for the broker to confirm a chunk"
         for name in versions:
             ours, theirs = coordinator.tasks[name], part.tasks.get(name)
             if theirs is None or theirs.release_position is None:

@@ -8,6 +8,7 @@ socket, a disk or a clock, and it never sees an update's numbers: those pass fro
     task:  waiting (for min_updates live devices) -> collecting -> reducing -> waiting ... -> finished
                            ^ resume                   | stop, rollback, a newer manifest
                     paused, stopped <-----------------+
+           damaged (parts lost on our disk) until the broker brings them back, or a rollback or newer manifest comes
 
 Every round ends in exactly one of released, rejected_by_gate, superseded, stopped, finished.
 """
@@ -119,6 +120,15 @@ class WeightsLost:
     """The chunks of a release cannot be had, or are no weights of its layout."""
 
     found: Found
+
+
+@dataclass(frozen=True, slots=True)
+class PartsLost:
+    """Graphs or weights that a task needs are gone from our disk, or damaged there; `detail` says which."""
+
+    task: str
+    manifest_version: int
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +276,7 @@ Event = (
     | ReleaseReceived
     | WeightsArrived
     | WeightsLost
+    | PartsLost
     | StatusReceived
     | TaskCommand
     | HeadReceived
@@ -301,6 +312,27 @@ class FetchWeights:
     """Collect a release's chunks; WeightsArrived or WeightsLost follows."""
 
     found: Found
+
+
+@dataclass(frozen=True, slots=True)
+class SeekParts:
+    """Tell that a task's graphs or weights are lost, and that `updates` of a closing round wait for them.
+
+    Then let the broker say again what it retains.
+    """
+
+    task: str
+    release: int
+    updates: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class MendParts:
+    """Store graphs and weights again, as they came back, valid, from the broker."""
+
+    task: str
+    message: ReleaseMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -550,6 +582,8 @@ class FinishTask:
 Effect = (
     AdoptRelease
     | FetchWeights
+    | SeekParts
+    | MendParts
     | RestoreRelease
     | MarkRound
     | Recovered
@@ -623,11 +657,17 @@ class Task:
     """Numbers were left out after a restore, and none is left; or devices follow a manifest that cannot be had here."""
     coming: bool = False
     """The broker knows a newer release, whose weights are on their way."""
+    damaged: bool = False
+    """Its graphs or newest weights are lost on our disk: no round opens, and a closing one keeps what it has."""
+    sought: bool = False
+    """The broker was asked for them; no second time, until something has changed."""
 
     @property
     def phase(self) -> str:
-        """One word for people: waiting, collecting, starved, reducing, catching_up, paused, stopped, finished or
-        needs_manifest."""
+        """One word for people: waiting, collecting, starved, reducing, damaged, catching_up, paused, stopped, finished
+        or needs_manifest."""
+        if self.damaged:
+            return "damaged"
         if self.round is not None:
             return "starved" if self.round.starved else "collecting"
         if self.closing is not None:
@@ -706,6 +746,8 @@ class Coordinator:
                 return self._enter(found, now)
             case WeightsLost(found=found):
                 return self._weights_lost(found, now)
+            case PartsLost():
+                return self._parts_lost(event)
             case StatusReceived():
                 return self._status_received(event, now)
             case TaskCommand():
@@ -835,6 +877,7 @@ class Coordinator:
         before = task.protocol
         task.parent = (task.release, task.release_signed)
         task.release, task.release_signed, task.reports = release, signed, reports
+        task.damaged = task.sought = False  # what was damaged may not be needed any more
         if task.protocol != before:
             self._count_live(task)
 
@@ -863,7 +906,7 @@ class Coordinator:
             _intact(task, message)
             if self._back is not None:
                 self._back.add(Found(message, task.manifest, task.release, True))
-            return []
+            return self._mend(task, message, task.release, now)
         # Devices hold to what they accepted of it, whether or not its term has ended, so we do.
         manifest = self.trust.published(message.manifest, now.utc)
         if manifest.task != name:
@@ -871,7 +914,7 @@ class Coordinator:
         release = self.trust.release(message.release, message.manifest, manifest)
         found = Found(message, manifest, release, True)
         if standing(None if task is None else task.position, found.position) is Standing.BEHIND:
-            return []
+            return [] if task is None else self._mend(task, message, release, now)
         self._checked(message, manifest, release, kept=True)
         if self._back is not None:
             self._back.add(found)
@@ -988,7 +1031,7 @@ class Coordinator:
         task = self.tasks.get(found.manifest.task)
         if task is not None and standing(task.position, found.position) is not Standing.AHEAD:
             task.coming = False
-            return self._open(task, now)
+            return self._mended(task, found.release, now) if task.damaged else self._open(task, now)
         effects = self._abandon(task, "superseded") if task is not None else []
         if task is None or task.manifest_signed.payload != found.message.manifest.payload:
             effects += self._adopt(found, task)
@@ -1049,6 +1092,37 @@ class Coordinator:
         task.needs_manifest = spent or task.manifest.task in self._missed
         effects += self._restoring(task, task.release, task.release_signed, step)
         effects.append(Recovered(task.manifest.task, task.release.number, task.last_round, task.needs_manifest))
+        return effects + self._open(task, now)
+
+    # -- what is lost on our own disk --
+
+    def _parts_lost(self, event: PartsLost) -> list[Effect]:
+        """Ask the broker, which retains the newest release: once, since its answer may be as damaged."""
+        task = self.tasks[event.task]
+        if task.manifest.version != event.manifest_version:
+            return []
+        asked, task.damaged, task.sought = task.sought, True, True
+        waiting = 0 if task.closing is None else len(task.closing.accepted)
+        return [] if asked else [SeekParts(event.task, task.release.number, waiting, event.detail)]
+
+    def _mend(self, task: Task, message: ReleaseMessage, release: Release, now: Instant) -> list[Effect]:
+        """Take what a retained release of ours, the newest or an earlier one, has of what is lost."""
+        if not task.damaged or message.manifest != task.manifest_signed or message.graphs is None:
+            return []
+        parts(message.graphs, message.weights, task.manifest, release)
+        effects: list[Effect] = [MendParts(task.manifest.task, message)]
+        if message.weights is None and release.weights.sha256 == task.release.weights.sha256:
+            return [*effects, FetchWeights(Found(message, task.manifest, release, True))]
+        return effects + self._mended(task, release, now)
+
+    def _mended(self, task: Task, release: Release, now: Instant) -> list[Effect]:
+        """Do again what failed; `release` is there already."""
+        task.damaged = False
+        effects: list[Effect] = []
+        if release != task.release:
+            effects.append(PublishRelease(task.manifest.task, task.release.number, announce=False))
+        if task.closing is not None:
+            effects.append(Reduce(task.manifest, task.release, task.closing.number))
         return effects + self._open(task, now)
 
     # -- the operator --

@@ -13,6 +13,7 @@ It never decides what is published; the coordinator does.
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from aggregator import coordinator as core
 from aggregator import retention
@@ -34,6 +35,8 @@ _RETRY = 60.0
 
 Publish = Callable[[str, bytes, bool], int]
 """Sends (topic, payload, retained) with QoS 1 and returns its id; LinkError when too much waits already."""
+Lost = Callable[[core.PartsLost], None]
+"""Takes the word that a release could not go out, since its parts are gone or damaged on disk; never blocks."""
 
 
 @dataclass
@@ -55,10 +58,11 @@ class _Job:
 
 
 class Distribution:
-    """`publish` is the link's; `keep` and `budget` are retention's."""
+    """`publish` is the link's, `budget` retention's; `lost` posts to the owner."""
 
-    def __init__(self, store: Store, blobs: Blobs, topics: Topics, publish: Publish, budget: int) -> None:
+    def __init__(self, store: Store, blobs: Blobs, topics: Topics, publish: Publish, budget: int, lost: Lost) -> None:
         self._store, self._blobs, self._topics, self._publish, self._budget = store, blobs, topics, publish, budget
+        self._lost = lost
         self._jobs: collections.deque[_Job] = collections.deque()
         self._unsent: dict[str, bytes] = {}
         """Retained messages that were not taken yet, the newest for each topic."""
@@ -82,21 +86,35 @@ class Distribution:
             manifest.task, manifest.version, release.number, message.release, release.weights.sha256, now
         )
 
+    def mend(self, message: ReleaseMessage) -> None:
+        """Store the parts of a message again, in the place of damaged ones."""
+        for part in (message.graphs.train, message.graphs.eval) if message.graphs is not None else ():
+            self._blobs.put(part)
+        if message.weights is not None:
+            self._blobs.put(message.weights)
+
     # -- sending --
 
     def publish(self, task: Task, now: Instant, *, announce: bool) -> None:
-        """Put the newest release of a task on its topic, retained; `announce` it to people too."""
+        """Put the newest release of a task on its topic, retained; `announce` it to people too.
+
+        Nothing goes out whose hash is not the signed one: `lost` is told instead.
+        """
         name, release = task.manifest.task, task.release
         key = (name, task.manifest.version, release.number)
         self._tasks[name] = task.manifest.plan.max_staleness + 2
         train, evaluate, weights = self._store.model(name, task.manifest.version)
-        whole = ReleaseMessage(
-            v=2 if release.weights.chunks else 1,
-            manifest=task.manifest_signed,
-            release=task.release_signed,
-            graphs=Graphs(train=self._blobs.get(train), eval=self._blobs.get(evaluate)),
-            weights=None if release.weights.chunks else self._blobs.get(weights),
-        )
+        try:
+            whole = ReleaseMessage(
+                v=2 if release.weights.chunks else 1,
+                manifest=task.manifest_signed,
+                release=task.release_signed,
+                graphs=Graphs(train=self._blobs.get(train), eval=self._blobs.get(evaluate)),
+                weights=None if release.weights.chunks else self._blobs.get(weights),
+            )
+        except BlobLost as error:
+            self._lost(core.PartsLost(name, task.manifest.version, str(error)))
+            return
         data = wire.pack(whole)
         announcement = wire.pack(ReleaseMessage(v=1, manifest=task.manifest_signed, release=task.release_signed))
 
@@ -167,8 +185,9 @@ class Distribution:
             except LinkError:
                 return
             except BlobLost as error:
-                tell(Event.PUBLISH_REFUSED, task=job.key[0], release=job.key[2], cause=str(error))
+                # The chunks that are out already stay: the message that names them does not go.
                 self._jobs.popleft()
+                self._lost(core.PartsLost(*job.key[:2], str(error)))
                 continue
             if job.open:
                 return
@@ -282,7 +301,10 @@ class Distribution:
     def _chunks(self, blob: BlobRef) -> Iterator[tuple[str, bytes]]:
         for index in range(len(blob.chunks)):
             start, end = chunks.span(blob.size, blob.chunk_size, index)
-            yield self._topics.chunk(blob.sha256.hex(), index), self._blobs.read(blob.sha256, start, end - start)
+            piece = self._blobs.read(blob.sha256, start, end - start)
+            if sha256(piece).digest() != blob.chunks[index]:
+                raise BlobLost(f"blob {blob.sha256.hex()} is damaged on disk")
+            yield self._topics.chunk(blob.sha256.hex(), index), piece
 
     def _send(self, topic: str, payload: bytes) -> None:
         try:

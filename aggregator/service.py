@@ -153,7 +153,12 @@ class Service:
             Will(self._topics.aggregator_status(SHARD), self._presence(online=False)),
         )
         self._distribution = Distribution(
-            self._store, self._blobs, self._topics, self._publish, config.limits.retained_bytes
+            self._store,
+            self._blobs,
+            self._topics,
+            self._publish,
+            config.limits.retained_bytes,
+            self.mailbox.post,
         )
         self._distribution.resume(self._coordinator.tasks.values(), now)
         self._downloads = Downloads(
@@ -288,7 +293,7 @@ class Service:
 
     def _holds(self, blob: bytes) -> bool:
         try:
-            return self._blobs.size(blob) > 0
+            return bool(self._blobs.get(blob))
         except BlobLost:
             return False
 
@@ -497,6 +502,24 @@ class Service:
                 self._downloads.tidy()
             case core.FetchWeights():
                 yield from self._downloads.begin(effect.found, read_clock())
+            case core.SeekParts():
+                self._count("releases_damaged")
+                remedy = (
+                    f"the broker is asked for what it retains; if `aggregator task show {effect.task}` still says "
+                    f"damaged then: `aggregator task rollback {effect.task}`, a higher version of the task, or "
+                    "`aggregator restore`"
+                )
+                tell(
+                    Event.RELEASE_DAMAGED,
+                    task=effect.task,
+                    release=effect.release,
+                    updates=effect.updates,
+                    cause=effect.detail,
+                    remedy=remedy,
+                )
+                self._link.subscribe(TASK_RELEASES)  # what is retained comes with every subscription
+            case core.MendParts(message=message):
+                self._distribution.mend(message)
             case core.RestoreRelease(release=release):
                 tell(Event.RELEASE_RESTORED, task=release.task, release=release.number, restores=effect.restores)
             case core.MarkRound(offer=offer):
@@ -594,7 +617,7 @@ class Service:
 
     # -- releases and rounds --
 
-    def _reduce(self, effect: core.Reduce) -> core.RoundReduced | core.RoundSpoilt:
+    def _reduce(self, effect: core.Reduce) -> core.RoundReduced | core.RoundSpoilt | core.PartsLost:
         manifest, release = effect.manifest, effect.release
         spoilt = core.RoundSpoilt(manifest.task, manifest.version, effect.number)
         rows = self._store.contributions(manifest.task, manifest.version, effect.number)
@@ -604,7 +627,11 @@ class Service:
             # What was collected is damaged on disk: the round is lost, the task goes on.
             self._tell_spoilt(spoilt, Reason.WRONG_DIGEST, str(error))
             return spoilt
-        base = tensors.load(self._blobs.get(release.weights.sha256), manifest.layout)
+        try:
+            base = tensors.load(self._blobs.get(release.weights.sha256), manifest.layout)
+        except BlobLost as error:
+            # The round stays closing, with all that was accepted, until they are back or somebody decides otherwise.
+            return core.PartsLost(manifest.task, manifest.version, str(error))
         flat = tensors.flatten(manifest.layout, base)
         mean = fold.mean()
         mean *= manifest.server.lr

@@ -54,6 +54,7 @@ class Event(StrEnum):
     PUBLISH_REFUSED = "publish.refused"
     PUBLISH_DELAYED = "publish.delayed"
     RELEASE_MISSED = "release.missed"
+    RELEASE_DAMAGED = "release.damaged"
     RELEASE_RESTORED = "release.restored"
     RELEASE_WITHDRAWN = "release.withdrawn"
     ROOT_ADOPTED = "root.adopted"
@@ -87,6 +88,7 @@ _LEVELS: Mapping[Event, str] = {
     Event.PUBLISH_REFUSED: "error",
     Event.PUBLISH_DELAYED: "warning",
     Event.RELEASE_MISSED: "warning",
+    Event.RELEASE_DAMAGED: "error",
     Event.TASK_RECOVERED: "warning",
 }
 

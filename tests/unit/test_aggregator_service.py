@@ -16,6 +16,7 @@ from msgspec import structs
 
 from aggregator import ca, control, service
 from aggregator import config as settings
+from aggregator.blobs import file_of
 from aggregator.quarantine import fingerprint
 from aggregator.service import Service
 from shared import identity, tensors, wire
@@ -31,13 +32,15 @@ from shared.messages import (
     Outcome,
     Plan,
     Receipt,
+    Release,
+    ReleaseMessage,
     RoundOffer,
     Signed,
     UpdateHead,
     UpdateMessage,
 )
 from shared.mqtt import LinkUp, Message
-from shared.topics import RELEASE, Topics
+from shared.topics import RELEASE, Topics, task_release
 from tests.hostile import records
 from tests.hostile.records import Device, Update
 from tests.hostile.site import status
@@ -681,6 +684,120 @@ def test_a_rollback_to_lost_weights_is_refused(bench: Bench) -> None:
     bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.5))))
     bench.service._blobs.delete(first)
     assert "release 0 is no longer kept" in ask(bench, "rollback")["error"]
+
+
+def spoil(bench: Bench, name: bytes) -> None:
+    """A bit of a blob tips over on the disk."""
+    path = file_of(bench.folder / "state" / "blobs", name)
+    whole = path.read_bytes()
+    path.write_bytes(records.flip(whole, -1))
+
+
+def retained(bench: Bench) -> list[Message]:
+    """What the broker keeps of the task's release and its chunks, as it sends it to who subscribes."""
+    kept = {topic: payload for topic, payload in bench.publications if "/blob/" in topic or topic == task_release(TASK)}
+    return [replace(bench.message(*each), retain=True) for each in kept.items()]
+
+
+def test_a_rollback_to_damaged_weights_is_refused(bench: Bench) -> None:
+    """What cannot be published is no way back."""
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=50, deadline=3600))
+    first = bench.service._coordinator.tasks[TASK].release.weights.sha256
+    bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.5))))
+    spoil(bench, first)
+    assert "release 0 is no longer kept" in ask(bench, "rollback")["error"]
+
+
+# -- what the disk spoils ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_damaged_weights_are_taken_back_from_the_broker(bench: Bench, inline: bool) -> None:
+    """A round whose weights cannot be read keeps what it has until they are back; then its release is exact."""
+    if not inline:
+        bench.limit(inline_max=10)
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=50, deadline=3600))
+    task = bench.service._coordinator.tasks[TASK]
+    newer = bench.message(bench.topics.device_status("sensor-1"), wire.pack(structs.replace(status(), v=2)))
+    bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.25))), newer)
+    for number in range(len(bench.publications)):
+        bench.service._distribution.published(number, "", read_clock())
+    base = task.release.weights
+    assert bool(base.chunks) is not inline
+    kept = retained(bench)
+    spoil(bench, base.sha256)
+    bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.5))))
+    assert (task.phase, task.release.number, task.closing is not None) == ("damaged", 1, True)
+    assert bench.service._counts["releases_damaged"] == 1
+    bench.restart()
+    bench.batch(newer)
+    task = bench.service._coordinator.tasks[TASK]
+    assert (task.phase, task.release.number) == ("damaged", 1)
+    bench.batch(*(each for each in kept if "/blob/" not in each.topic))
+    bench.batch(*kept)
+    assert (task.phase, task.release.number) == ("collecting", 2)
+    found = tensors.load(bench.service._blobs.get(task.release.weights.sha256), records.LAYOUT)["weight"]
+    assert found.ravel()[0] == np.float32(0.75)
+
+
+@pytest.mark.parametrize("way", ["rollback", "stop", "version"])
+def test_weights_that_are_lost_everywhere(bench: Bench, way: str) -> None:
+    """They end no daemon, whatever is started again how often; other tasks go on, and the operator has three ways."""
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=50, deadline=3600))
+    bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.5))))
+    spoil(bench, bench.service._coordinator.tasks[TASK].release.weights.sha256)
+    for _ in range(2):
+        bench.restart()
+    bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.5))))
+    for _ in range(2):
+        bench.restart()
+        assert bench.service._coordinator.tasks[TASK].phase == "damaged"
+    bench.connect()
+    summary = service._summary(bench.service._coordinator.tasks[TASK])
+    assert (summary["phase"], summary["updates"]) == ("damaged", 1)
+    match way:
+        case "rollback":
+            assert ask(bench, "rollback")["phase"] == "collecting"
+            bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.5))))
+            assert bench.service._coordinator.tasks[TASK].release.number == 3
+        case "stop":
+            ask(bench, "stop")
+            assert bench.offer.state is OfferState.FINISHED
+        case _:
+            bench.adopt(3)
+            assert bench.service._coordinator.tasks[TASK].phase == "collecting"
+
+
+def test_a_damaged_graph_is_taken_back_from_the_broker(bench: Bench) -> None:
+    """The release before the newest has the same one: with it the newest goes out."""
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=50, deadline=3600))
+    kept = retained(bench)
+    train, _, _ = bench.service._store.model(TASK, 2)
+    spoil(bench, train)
+    bench.publications.clear()
+    bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.5))))
+    assert retained(bench) == []
+    bench.batch()
+    task = bench.service._coordinator.tasks[TASK]
+    assert task.damaged
+    bench.batch(*kept)
+    assert not task.damaged
+    (again,) = retained(bench)
+    assert wire.unpack(wire.unpack(again.payload, ReleaseMessage).release.payload, Release).number == 1
+
+
+def test_what_comes_back_damaged_is_asked_for_once(bench: Bench) -> None:
+    """A broker that has nothing better must not keep us asking."""
+    bench.adopt(2, plan=Plan(goal=1, min_updates=1, rounds=50, deadline=3600))
+    kept = retained(bench)
+    bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.5))))
+    spoil(bench, bench.service._coordinator.tasks[TASK].release.weights.sha256)
+    bench.batch(bench.sent(records.update(bench.device, bench.offer, delta=spike(0.5))))
+    for _ in range(3):
+        bench.batch(*kept)
+    task = bench.service._coordinator.tasks[TASK]
+    assert (task.phase, bench.service._counts["releases_damaged"]) == ("damaged", 1)
+    assert task.closing is not None
 
 
 # -- large releases ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """How releases go out: chunks, then the message; a few at a time; and are taken away again."""
 
+import collections
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from msgspec import structs
 
 from aggregator import coordinator as core
-from aggregator.blobs import Blobs
+from aggregator.blobs import Blobs, file_of
 from aggregator.coordinator import Task
 from aggregator.distribution import WINDOW, Distribution
 from aggregator.store import Store
@@ -27,12 +28,14 @@ class Outlet:
     """A distribution over a real store, and a broker that confirms when it is told to."""
 
     def __init__(self, folder: Path, budget: int = 1 << 30) -> None:
+        self.folder = folder
         self.store, self.blobs = Store(folder / "db"), Blobs(folder / "blobs")
         self.sent: list[tuple[str, bytes, bool]] = []
         self.room = 10**9
         self.confirmed = 0
         self.now = NOW
-        self.out = Distribution(self.store, self.blobs, TOPICS, self.publish, budget)
+        self.lost: list[core.PartsLost] = []
+        self.out = Distribution(self.store, self.blobs, TOPICS, self.publish, budget, self.lost.append)
         self.task: Task | None = None
 
     def publish(self, topic: str, payload: bytes, retain: bool) -> int:
@@ -247,7 +250,7 @@ def test_a_withdrawal_survives_a_restart(outlet: Outlet) -> None:
     outlet.after(3601)
     outlet.confirm(2)
     assert [each.number for each in outlet.store.retained("points")] == [2, 1, 0]
-    again = Distribution(outlet.store, outlet.blobs, TOPICS, outlet.publish, 1 << 30)
+    again = Distribution(outlet.store, outlet.blobs, TOPICS, outlet.publish, 1 << 30, outlet.lost.append)
     assert outlet.task is not None
     again.resume([outlet.task], outlet.now)
     outlet.out = again
@@ -293,3 +296,46 @@ def test_a_wall_clock_that_was_set_does_not_stop_it(outlet: Outlet) -> None:
     outlet.after(3601)
     outlet.confirm()
     assert [each.number for each in outlet.store.retained("points")] == [2, 1]
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_damaged_weights_do_not_go_out(outlet: Outlet, how: str) -> None:
+    """Each piece is hashed before it is sent: what the disk spoilt is told, and no message names it."""
+    outlet.room = 3
+    weights = data(1, 8)
+    outlet.release(0, weights)
+    path = file_of(outlet.folder / "blobs", chunks.describe(weights, SIZE).sha256)
+    spoil(path, how, 5 * SIZE)
+    outlet.room = 10**9
+    outlet.confirm()
+    out = outlet.retained()
+    whole = {topic(weights, index): weights[index * SIZE : (index + 1) * SIZE] for index in range(8)}
+    assert out.items() <= whole.items()
+    assert topic(weights, 5) not in out and task_release("points") not in out
+    assert [each.task for each in outlet.lost] == ["points"]
+    assert outlet.out._jobs == collections.deque()
+
+
+@pytest.mark.parametrize("part", ["train", "eval", "weights"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_damaged_parts_do_not_go_out(outlet: Outlet, part: str, how: str) -> None:
+    """Neither graphs nor small weights; and the daemon lives on."""
+    outlet.release(0, b"x" * 100, 0)
+    outlet.sent.clear()
+    names = dict(zip(("train", "eval", "weights"), outlet.store.model("points", 1), strict=True))
+    spoil(file_of(outlet.folder / "blobs", names[part]), how, 5)
+    assert outlet.task is not None
+    outlet.out.publish(outlet.task, outlet.now, announce=True)
+    assert outlet.sent == []
+    assert [each.task for each in outlet.lost] == ["points"]
+
+
+def spoil(path: Path, how: str, at: int) -> None:
+    """What a disk may do to a file."""
+    whole = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(whole[:at])
+    else:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])

@@ -17,6 +17,7 @@ from hashlib import sha256
 
 from aggregator import coordinator as core
 from aggregator import retention
+from aggregator.config import Limits
 from aggregator.coordinator import Task
 from aggregator.ports import BlobLost, Blobs, Store, StoredRelease
 from aggregator.retention import Kept
@@ -58,11 +59,15 @@ class _Job:
 
 
 class Distribution:
-    """`publish` is the link's, `budget` retention's; `lost` posts to the owner."""
+    """`publish` is the link's, `lost` posts to the owner; `limits` say how much stays out, and what is remembered."""
 
-    def __init__(self, store: Store, blobs: Blobs, topics: Topics, publish: Publish, budget: int, lost: Lost) -> None:
-        self._store, self._blobs, self._topics, self._publish, self._budget = store, blobs, topics, publish, budget
-        self._lost = lost
+    def __init__(
+        self, store: Store, blobs: Blobs, topics: Topics, publish: Publish, limits: Limits, lost: Lost
+    ) -> None:
+        self._store, self._blobs, self._topics, self._publish, self._lost = store, blobs, topics, publish, lost
+        self._budget = limits.retained_bytes
+        self._remembered = 2 * limits.keep_releases
+        """Releases whose rows stay: those that are kept, and as many before them, whose weights may have to go."""
         self._jobs: collections.deque[_Job] = collections.deque()
         self._unsent: dict[str, bytes] = {}
         """Retained messages that were not taken yet, the newest for each topic."""
@@ -70,6 +75,8 @@ class Distribution:
         self._again: float | None = None
         self._tasks: dict[str, int] = {}
         """How many of its newest releases each task keeps out."""
+        self._retained: int | None = None
+        """The bytes of them all, as long as that is known."""
 
     # -- storing --
 
@@ -103,6 +110,7 @@ class Distribution:
         name, release = task.manifest.task, task.release
         key = (name, task.manifest.version, release.number)
         self._tasks[name] = task.manifest.plan.max_staleness + 2
+        self._retained = None
         train, evaluate, weights = self._store.model(name, task.manifest.version)
         try:
             whole = ReleaseMessage(
@@ -231,12 +239,14 @@ class Distribution:
         """After a start: what is out, and what of it is due."""
         for task in tasks:
             self._tasks[task.manifest.task] = task.manifest.plan.max_staleness + 2
-        self._again = now.mono
+        self._again, self._retained = now.mono, None
 
     def retained_bytes(self) -> int:
         """Of all chunks that are out."""
-        out = {release.weights.sha256: _chunked(release) for name in self._tasks for _, release in self._out(name)}
-        return sum(out.values())
+        if self._retained is None:
+            out = {release.weights.sha256: _chunked(release) for name in self._tasks for _, release in self._out(name)}
+            self._retained = sum(out.values())
+        return self._retained
 
     def _retire(self, name: str, now: Instant) -> None:
         try:
@@ -265,10 +275,13 @@ class Distribution:
             try:
                 with self._store.transaction():
                     self._store.mark_withdrawn(*key, now.utc)
+                    self._store.forget_releases(stored.task, self._remembered)
             except StorageError as error:
                 tell(Event.STORAGE_FAILED, path=error.path, cause=error.detail)
                 self._again = now.mono + _RETRY
-            else:
+                return
+            self._retained = None
+            if release.weights.chunks:
                 tell(Event.RELEASE_WITHDRAWN, task=stored.task, release=stored.number)
 
         # A release that is taken away while it is still going out goes no further.

@@ -137,6 +137,9 @@ class Store(Protocol):
     def mark_withdrawn(self, task: str, manifest_version: int, number: int, now: float) -> None:
         """The chunks of a release are no longer retained on the broker."""
 
+    def forget_releases(self, task: str, keep: int) -> int:
+        """Let go of the rows of withdrawn releases, but for the newest `keep` of the task; returns how many."""
+
     def open_round(self, task: str, manifest_version: int, number: int, offer: Signed, opened: float) -> None:
         """A new open round with its first offer."""
 

@@ -157,7 +157,7 @@ class Service:
             self._blobs,
             self._topics,
             self._publish,
-            config.limits.retained_bytes,
+            config.limits,
             self.mailbox.post,
         )
         self._distribution.resume(self._coordinator.tasks.values(), now)
@@ -729,7 +729,7 @@ class Service:
         manifest = wire.unpack(stored.manifest.payload, TaskManifest)
         task = Task(stored.manifest, manifest, stored.release, wire.unpack(stored.release.payload, Release))
         task.state, task.restored = stored.state, stored.restored
-        for each in self._store.retained(stored.name):
+        for each in self._store.releases(stored.name, stored.manifest_version, 2):
             if signing.digest(each.signed) == task.release.parent:
                 task.parent = (wire.unpack(each.signed.payload, Release), each.signed)
         found = stored.round

@@ -207,6 +207,17 @@ class Store(ports.Store):
         where = _release(task, manifest_version, number)
         self._connection.execute(_releases.update().where(*where).values(withdrawn_at=int(now)))
 
+    def forget_releases(self, task: str, keep: int) -> int:
+        """Let go of the rows of withdrawn releases, but for the newest `keep` of the task; returns how many."""
+        key = (_releases.c.manifest_version, _releases.c.number)
+        newest = sa.select(*key).where(_releases.c.task == task).order_by(*(each.desc() for each in key))
+        last = self._connection.execute(newest.offset(keep - 1).limit(1)).one_or_none()
+        if last is None:
+            return 0
+        older = sa.tuple_(*key) < sa.tuple_(*last)
+        spent = _releases.delete().where(_releases.c.task == task, older, _releases.c.withdrawn_at.is_not(None))
+        return self._connection.execute(spent).rowcount
+
     def open_round(self, task: str, manifest_version: int, number: int, offer: Signed, opened: float) -> None:
         """A new open round with its first offer."""
         row = {"task": task, "manifest_version": manifest_version, "round": number, "state": "open"}

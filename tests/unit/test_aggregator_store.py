@@ -429,6 +429,33 @@ def test_releases_are_replaced_and_withdrawn(tmp_path: Path) -> None:
     store.close()
 
 
+def test_withdrawn_releases_are_forgotten(tmp_path: Path) -> None:
+    """Beyond the newest few, of whatever manifest; what is retained stays, and other tasks lose nothing."""
+    store = begun(tmp_path / "db")
+    with store.transaction():
+        for number in range(1, 9):
+            store.add_release("points", 1, number, MESSAGE.release, bytes([number]) * 32, NOW)
+        adopt(store, RECORDS.message(RECORDS.manifest(version=2)), 2)
+        store.adopt("lines", 1, MESSAGE, GRAPHS)
+        for number in range(3):
+            store.add_release("lines", 1, number, MESSAGE.release, bytes([number]) * 32, NOW)
+        store.mark_withdrawn("lines", 1, 0, NOW)
+        for number in (0, 1, 2, 4, 5, 7, 8):
+            store.mark_withdrawn("points", 1, number, NOW)
+        assert store.forget_releases("points", 11) == 0
+        assert store.forget_releases("points", 3) == 5
+        assert store.forget_releases("points", 3) == 0
+    assert [(row[1], row[2]) for row in rows(tmp_path / "db")["releases"] if row[0] == "points"] == [
+        (1, 3),
+        (1, 6),
+        (1, 7),
+        (1, 8),
+        (2, 0),
+    ]
+    assert len(store.releases("lines", 1, 9)) == 3
+    store.close()
+
+
 def test_weights_for_going_back(tmp_path: Path) -> None:
     """The newest of the newest manifest are kept, of each task; what fell out is named while it is fresh."""
     store = begun(tmp_path / "db")

@@ -9,6 +9,7 @@ from msgspec import structs
 
 from aggregator import coordinator as core
 from aggregator.blobs import Blobs, file_of
+from aggregator.config import Limits
 from aggregator.coordinator import Task
 from aggregator.distribution import WINDOW, Distribution
 from aggregator.store import Store
@@ -27,7 +28,7 @@ SIZE = 2048
 class Outlet:
     """A distribution over a real store, and a broker that confirms when it is told to."""
 
-    def __init__(self, folder: Path, budget: int = 1 << 30) -> None:
+    def __init__(self, folder: Path, budget: int = 1 << 30, keep: int = 10) -> None:
         self.folder = folder
         self.store, self.blobs = Store(folder / "db"), Blobs(folder / "blobs")
         self.sent: list[tuple[str, bytes, bool]] = []
@@ -35,7 +36,8 @@ class Outlet:
         self.confirmed = 0
         self.now = NOW
         self.lost: list[core.PartsLost] = []
-        self.out = Distribution(self.store, self.blobs, TOPICS, self.publish, budget, self.lost.append)
+        self.limits = Limits(retained_bytes=budget, keep_releases=keep)
+        self.out = Distribution(self.store, self.blobs, TOPICS, self.publish, self.limits, self.lost.append)
         self.task: Task | None = None
 
     def publish(self, topic: str, payload: bytes, retain: bool) -> int:
@@ -250,7 +252,7 @@ def test_a_withdrawal_survives_a_restart(outlet: Outlet) -> None:
     outlet.after(3601)
     outlet.confirm(2)
     assert [each.number for each in outlet.store.retained("points")] == [2, 1, 0]
-    again = Distribution(outlet.store, outlet.blobs, TOPICS, outlet.publish, 1 << 30, outlet.lost.append)
+    again = Distribution(outlet.store, outlet.blobs, TOPICS, outlet.publish, outlet.limits, outlet.lost.append)
     assert outlet.task is not None
     again.resume([outlet.task], outlet.now)
     outlet.out = again
@@ -275,13 +277,23 @@ def test_chunks_that_another_release_names_stay(outlet: Outlet) -> None:
 
 
 def test_releases_without_chunks_are_let_go_silently(outlet: Outlet) -> None:
-    """There is nothing to take away."""
+    """There is nothing to take away, so nothing waits for its hour."""
     for number in range(3):
         outlet.release(number, bytes([number]) * 10, 0)
-    before = len(outlet.sent)
-    outlet.after(3601)
-    assert len(outlet.sent) == before
+    assert {payload for _, payload, _ in outlet.sent if not payload} == set()
     assert [each.number for each in outlet.store.retained("points")] == [2, 1]
+
+
+@pytest.mark.parametrize("size", [0, SIZE])
+def test_rows_of_old_releases_go(tmp_path: Path, size: int) -> None:
+    """A task that runs for years is no dearer than a young one; what is kept or retained has its row."""
+    outlet = Outlet(tmp_path, budget=6 * 5 * SIZE, keep=2)
+    for number in range(40):
+        outlet.release(number, data(number), size)
+        outlet.confirm()
+        assert outlet.out.retained_bytes() == (min(number + 1, 6) * len(data(0)) if size else 0)
+    rows = [each.number for each in outlet.store.releases("points", 1, 100)]
+    assert rows == ([39, 38, 37, 36, 35, 34] if size else [39, 38, 37, 36])
 
 
 def test_a_wall_clock_that_was_set_does_not_stop_it(outlet: Outlet) -> None:

@@ -28,6 +28,12 @@ def test_the_budget_ends_the_hour() -> None:
     assert withdrawals(found, NOW, 2, 1)[0] == [found[3], found[2]]
 
 
+def test_without_chunks_there_is_nothing_to_keep() -> None:
+    """What travelled in a message is gone from the broker as soon as the next one is there."""
+    found = kept(None, 1, 2, size=0)
+    assert withdrawals(found, NOW, 2, 10**9) == ([found[2]], None)
+
+
 def test_a_clock_that_was_set_keeps_them_longer_at_most() -> None:
     """What was replaced in the future waits for its hour; nothing of the newest goes."""
     found = kept(None, -500, -500)

@@ -101,6 +101,8 @@ class Downloads:
         """A chunk; RemoteProtocolError, and nothing has changed, for one that was not asked for or is not as signed."""
         fetch, spool = self._fetch, self._spool
         if fetch is None or spool is None or blob != fetch.blob.sha256:
+            if not payload:  # withdrawn; it was given up while there was no connection to say so
+                self._unsubscribe(self._topics.chunk(blob.hex(), index))
             return []  # the rest of one that was given up
         step = fetch.arrived(index, payload, now.mono)
         if step.write:

@@ -308,7 +308,8 @@ class Service:
         if asked is not None:
             self._link.subscribe(asked)
         self._downloads.connected(now)
-        self._send(own, self._presence(online=True), retain=True)
+        # Never dropped: whoever still reads the will holds everything back.
+        self._distribution.retain(own, self._presence(online=True))
         return self._coordinator.handle(core.LinkReady(), now)
 
     def _decode(self, message: Message, now: Instant) -> list[core.Event]:
@@ -666,10 +667,10 @@ class Service:
         where = intake.where(received.context)
         tell(Event.UPDATE_REJECTED, **where, outcome=outcome.value, reason=reason.value, detail=detail)
 
-    def _send(self, topic: str, payload: bytes, retain: bool = False) -> None:
+    def _send(self, topic: str, payload: bytes) -> None:
         """For what is asked for again where it gets lost."""
         try:
-            self._link.publish(topic, payload, retain=retain)
+            self._link.publish(topic, payload)
         except LinkError as error:
             self._count("publish_refused")
             tell(Event.PUBLISH_REFUSED, topic=topic, cause=str(error))

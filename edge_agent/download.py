@@ -191,6 +191,8 @@ class Downloads:
         self._left = b""
         """The blob that was asked for last: what of it is still on its way is nobody's fault."""
         self._connected = False
+        self._owed: list[Unsubscribe] = []
+        """What was given up without a connection: the broker's session still has it."""
 
     @property
     def tasks(self) -> Collection[str]:
@@ -248,9 +250,10 @@ class Downloads:
         return [*self._remove(task), DropSpool(task), *self._next()]
 
     def connected(self, now: float) -> list[Effect]:
-        """The broker is there, and knows of no subscription."""
+        """The broker is there; it may know of earlier subscriptions, or of none."""
         self._connected = True
-        return self._ask(self._fetch.connected(now)) if self._fetch is not None else []
+        owed, self._owed = self._owed, []
+        return [*owed, *(self._ask(self._fetch.connected(now)) if self._fetch is not None else [])]
 
     def disconnected(self) -> None:
         """The broker is gone: wait without losing patience."""
@@ -324,6 +327,9 @@ class Downloads:
         if self._turn is None or fetch is None or fetch.blob.sha256 != blob:
             if blob == self._left:
                 return []
+            if not payload:
+                # Withdrawn; a process before this one had asked for it.
+                return [Unsubscribe(blob, (index,))]
             raise RemoteProtocolError(Reason.UNASKED, f"chunk {index} of {blob.hex()[:16]}")
         step = fetch.arrived(index, payload, now)
         entry = self._entries[self._turn]
@@ -369,4 +375,6 @@ class Downloads:
             return []
         self._left = fetch.blob.sha256
         chunks = fetch.given_up()
+        if chunks and not self._connected:
+            self._owed.append(Unsubscribe(self._left, chunks))
         return [Unsubscribe(self._left, chunks)] if chunks and self._connected else []

@@ -163,6 +163,7 @@ class Service:
 
     def _restore(self, now: Instant) -> None:
         """Take up what the disk holds."""
+        self._store.sweep_spools(now.utc)
         tasks, strangers = [], set()
         for kept in self._store.load():
             task = restored(kept, self._participation.trust, now.utc)

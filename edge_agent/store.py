@@ -31,6 +31,8 @@ from shared.trust import Position
 _STATE_MAX = 1 << 16
 _RESERVE = 16 << 20
 """Bytes that a download leaves free."""
+_FORGOTTEN = 30 * 86_400
+"""Seconds after which a download that was not gone on with is nothing any more: its task is not offered."""
 _READ = 1 << 20
 """Bytes read at a time."""
 
@@ -183,6 +185,13 @@ class Store:
         with _guarded(folder):
             folder.mkdir(mode=0o700, exist_ok=True)
         spool.finish(folder / blob.hex())
+
+    def sweep_spools(self, now: float) -> None:
+        """Give back the room of downloads of which nothing came for a month; `now` is Unix time."""
+        with contextlib.suppress(OSError):
+            for path in list(self._spools.iterdir()):
+                if path.stat().st_mtime < now - _FORGOTTEN:
+                    path.unlink()
 
     def drop_spool(self, task: str) -> None:
         """Give back the room of a download that nobody wants any more."""

@@ -69,8 +69,8 @@ class Fetch:
         return None if self._heard is None else self._heard + PATIENCE
 
     def connected(self, now: float) -> tuple[int, ...]:
-        """The chunks to subscribe to on a new connection, which knows of no subscription."""
-        self._heard, self._settled = now, []
+        """The chunks to subscribe to on a new connection, which may know of some or of none."""
+        self._heard = now
         self._take(WINDOW - len(self._asked))
         return tuple(sorted(self._asked))
 

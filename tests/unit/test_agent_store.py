@@ -336,6 +336,19 @@ def test_a_download_that_nobody_wants(tmp_path: Path) -> None:
     store.write_chunk("points", REF.sha256, 3, BLOB[3072:4096])
 
 
+def test_a_download_of_a_task_that_is_gone(tmp_path: Path) -> None:
+    """What nobody went on with for a month leaves the disk when the agent starts; a slow one goes on."""
+    store = Store(tmp_path)
+    fetched(store, 0, 1)
+    store.open_spool("other", REF)
+    old = (tmp_path / "spool" / f"points.{REF.sha256.hex()}").stat().st_mtime
+    os.utime(tmp_path / "spool" / f"other.{REF.sha256.hex()}", (old - 5 * 86_400, old - 5 * 86_400))
+    Store(tmp_path).sweep_spools(old + 29 * 86_400)
+    assert [path.name for path in (tmp_path / "spool").iterdir()] == [f"points.{REF.sha256.hex()}"]
+    Store(tmp_path).sweep_spools(old + 31 * 86_400)
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
 def test_a_chunk_that_cannot_be_written(tmp_path: Path) -> None:
     """The download is over: nothing that comes after it makes a file that looks whole."""
     store = Store(tmp_path)

@@ -23,7 +23,7 @@ from shared import identity, tensors, wire
 from shared.chunks import CHUNK_MIN
 from shared.control import ControlRequest
 from shared.driver import read_clock
-from shared.errors import ConfigError, Reason, StorageError
+from shared.errors import ConfigError, LinkError, Reason, StorageError
 from shared.machine import Instant
 from shared.messages import (
     FedAvg,
@@ -39,7 +39,7 @@ from shared.messages import (
     UpdateHead,
     UpdateMessage,
 )
-from shared.mqtt import LinkUp, Message
+from shared.mqtt import LinkUp, Message, Published
 from shared.topics import RELEASE, Topics, task_release
 from tests.hostile import records
 from tests.hostile.records import Device, Update
@@ -167,6 +167,21 @@ class Bench:
 def bench(tmp_path: Path) -> Bench:
     """A fresh one."""
     return Bench(tmp_path)
+
+
+def test_our_own_word_waits_for_room(bench: Bench) -> None:
+    """Devices hold everything back as long as they read that we are away: that we are there is never dropped."""
+    own = bench.topics.aggregator_status(0)
+
+    def full(topic: str, payload: bytes | bytearray, *, qos: int = 1, retain: bool = False) -> int:
+        raise LinkError("too much waits")
+
+    bench.publications.clear()
+    bench.service._link.publish = full  # type: ignore[method-assign]
+    bench.batch(LinkUp(True, None))
+    bench.service._link.publish = bench._published  # type: ignore[method-assign]
+    bench.batch(Published(7, ""))
+    assert [topic for topic, _ in bench.publications].count(own) == 1
 
 
 @pytest.mark.parametrize("order", ["spoilt first", "spoilt last", "twice", "thrice"])

@@ -214,6 +214,25 @@ def test_a_new_connection_asks_again() -> None:
     assert len(bench.accepted) == 1
 
 
+def test_what_is_given_up_without_a_connection_is_unsubscribed_after_it() -> None:
+    """The broker's session remembers what was subscribed to: nothing of it stays there for ever."""
+    bench = connected()
+    bench.add(coming())
+    bench.deliver(data(1), 3)
+    before = set(bench.asked)
+    bench.machine.disconnected()
+    bench.run(bench.machine.discard("points"))
+    effects = bench.machine.connected(bench.now)
+    assert {(each.blob, chunk) for each in effects if isinstance(each, Unsubscribe) for chunk in each.chunks} >= before
+    assert bench.machine.connected(bench.now) == []
+
+
+def test_a_withdrawal_that_nobody_asked_for() -> None:
+    """An earlier process had asked: it is unsubscribed from, and no fault of anybody."""
+    bench = connected()
+    assert bench.machine.handle(ChunkArrived(bytes(32), 5, b""), bench.now) == [Unsubscribe(bytes(32), (5,))]
+
+
 def test_a_newer_release_takes_over() -> None:
     """The older one is let go in the middle; what of it is still on its way is nobody's fault, a stranger's is."""
     bench = connected()

@@ -106,6 +106,17 @@ def test_an_empty_payload_says_gone() -> None:
     assert step.unsubscribe == tuple(range(WINDOW))
 
 
+def test_what_came_before_a_cut_is_unsubscribed() -> None:
+    """A durable session keeps subscriptions over a cut of the link, so they are taken back after it."""
+    fetch = Fetch(BLOB, range(COUNT), 0.0)
+    fetch.connected(0.0)
+    fetch.arrived(0, piece(0), 1.0)
+    fetch.disconnected()
+    fetch.connected(2.0)
+    steps = [fetch.arrived(index, piece(index), 3.0) for index in range(1, WINDOW)]
+    assert 0 in {index for step in steps for index in step.unsubscribe}
+
+
 def test_patience_counts_only_while_connected() -> None:
     """A device without a link waits as long as that takes; with one, each chunk renews its patience."""
     fetch = Fetch(BLOB, range(COUNT), 0.0)

@@ -36,7 +36,7 @@ from shared.messages import Metrics, ReleaseMessage, Signed
 
 SCHEMA_VERSION = 2
 REMEMBERED = 400 * 86_400
-"""Seconds for which the rows of a round outlive it: who asks later is told `unknown`."""
+"""Seconds for which the rows of a round outlive it: who asks later is told `late`, whatever it was told before."""
 
 _meta = sa.MetaData()
 _schema = sa.Table("schema_version", _meta, sa.Column("version", sa.Integer, primary_key=True))

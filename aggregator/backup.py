@@ -38,6 +38,7 @@ from shared.version import VERSION
 DATABASE = "aggregator.db"
 _NAMES = re.compile(r"aggregator\.db|blobs/(?P<blob>[0-9a-f]{64})|manifest-(?P<manifest>[0-9a-f]{64})\.json")
 _MANIFEST_MAX = 16 << 20
+_REMEDY = "bring it back with `aggregator restore` of an earlier backup, or publish a higher version of its task"
 _TRIES = 10
 """Snapshots, where the daemon meanwhile replaced all that one names."""
 _BLOCK = 512
@@ -85,7 +86,7 @@ def make(config: AggregatorConfig, output: Path, now: float) -> Made:
     blobs = config.state.directory / "blobs"
     members: dict[str, Member] = {}
     left_out: list[str] = []
-    with _guarded(output), _folder(workshop), contextlib.ExitStack() as held:
+    with _guarded(output, workshop, new), _folder(workshop), contextlib.ExitStack() as held:
         needs = _snapshot(config, workshop / DATABASE, held)
         try:
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as out:
@@ -97,7 +98,9 @@ def make(config: AggregatorConfig, output: Path, now: float) -> Made:
                             members[f"blobs/{name.hex()}"] = _add(out, f"blobs/{name.hex()}", file, name.hex())
                     except (BlobLost, FileNotFoundError):
                         if name in needs.newest or name in needs.graphs:
-                            raise BlobLost(f"{file_of(blobs, name)} is needed, and gone or damaged") from None
+                            raise BlobLost(
+                                f"{file_of(blobs, name)} is needed, and gone or damaged; {_REMEDY}"
+                            ) from None
                         left_out.append(name.hex())
                 manifest = Manifest(1, VERSION, SCHEMA_VERSION, int(now), needs.tasks, members)
                 data = msgspec.json.encode(manifest)
@@ -149,7 +152,7 @@ def _snapshot(config: AggregatorConfig, copy: Path, held: contextlib.ExitStack) 
             return _Needs(tasks, {name for *graphs, _ in models for name in graphs}, newest, older)
         except FileNotFoundError as error:
             if tries == _TRIES:
-                raise BlobLost(f"{error.filename} is needed, and gone") from None
+                raise BlobLost(f"{error.filename} is needed, and gone; {_REMEDY}") from None
 
 
 def _add(out: BinaryIO, name: str, file: BinaryIO, expected: str | None = None) -> Member:
@@ -353,10 +356,13 @@ def _folder(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _guarded(path: Path) -> Iterator[None]:
+def _guarded(path: Path, *ours: Path) -> Iterator[None]:
+    """Say of errors at files of `ours`, which people do not know, that they are at `path`."""
     try:
         yield
     except OSError as error:
+        if error.filename is not None and any(Path(error.filename).is_relative_to(each) for each in ours):
+            error.filename = str(path)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
             raise StorageError.of(error.filename or path, error) from error
         raise

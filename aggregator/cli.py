@@ -20,9 +20,10 @@ from shared.errors import Reason, RemoteProtocolError
 from shared.topics import is_name
 
 if TYPE_CHECKING:
+    from aggregator.config import AggregatorConfig
     from aggregator.ports import StoredTask
     from aggregator.release import Description
-    from shared.messages import Root
+    from shared.messages import Root, TaskManifest
     from shared.mqtt import LinkSettings
 
 PASSPHRASE = "FIELDFARE_PASSPHRASE"
@@ -165,8 +166,7 @@ def _release_publish(options: argparse.Namespace) -> int:
 def _model_export(options: argparse.Namespace) -> int:
     from aggregator import model, release
 
-    if not is_name(options.task):
-        raise Failure(Exit.USAGE, f"{options.task!r} cannot name a task: a-z, 0-9 and -, at most 63 characters")
+    _named(options.task)
     root = _root(options, required=True)
     assert root is not None
     part = options.output.with_name(f".{options.output.name}.part")
@@ -247,43 +247,51 @@ def _task_list(options: argparse.Namespace) -> int:
     from aggregator import config
     from aggregator.store import Store
 
-    store = Store(config.load(options.config, os.environ).database, read_only=True)
+    settings = config.load(options.config, os.environ)
+    store = Store(settings.database, read_only=True)
     try:
-        tasks = [_task_facts(task) for task in store.tasks()]
+        told, now = _told(settings), time.time()
+        tasks = [_task_facts(task, told, now) for task in store.tasks()]
     finally:
         store.close()
     if options.json:
         show({"tasks": tasks}, True)
     else:
-        heads = ("task", "version", "release", "round", "wanted", "state", "updates", "expires")
+        heads = ("task", "version", "release", "round", "wanted", "phase", "updates", "expires")
         cli.table(heads, [tuple("-" if task[head] is None else task[head] for head in heads) for task in tasks])
     return Exit.OK
 
 
-def _task_show(options: argparse.Namespace) -> int:
+def _told(settings: "AggregatorConfig") -> dict[str, dict[str, object]]:
+    """What the running aggregator says of each task; nothing where none runs."""
     import json
 
+    # The file lags a second behind, and may be written anew at this moment.
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+        if _held(settings.lock_file):
+            tasks = json.loads(cli.load(settings.status_file, 16 << 20)).get("tasks", {})
+            return {name: told for name, told in tasks.items() if isinstance(told, dict)}
+    return {}
+
+
+def _task_show(options: argparse.Namespace) -> int:
     from aggregator import config
     from aggregator.store import Store
 
+    _named(options.task)
     settings = config.load(options.config, os.environ)
     store = Store(settings.database, read_only=True)
     try:
         found = next((task for task in store.tasks() if task.name == options.task), None)
         if found is None:
             known = ", ".join(task.name for task in store.tasks()) or "none yet"
-            raise Failure(Exit.FAILED, f"there is no task {options.task} here; there are: {known}")
-        facts = _task_facts(found)
+            raise Failure(Exit.REFUSED, f"there is no task {options.task} here; there are: {known}")
+        told = _told(settings)
+        facts = _task_facts(found, told, time.time())
         releases = store.releases(found.name, found.manifest_version, settings.limits.keep_releases)
     finally:
         store.close()
-    told: object = None
-    if _held(settings.lock_file):
-        # The file lags a second behind, and may be written anew at this moment.
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            told = json.loads(cli.load(settings.status_file, 16 << 20)).get("tasks", {}).get(options.task)
-    if isinstance(told, dict):
-        facts |= {name: told[name] for name in ("phase", "eligible", "updates") if name in told}
+    facts |= {name: each for name, each in told.get(options.task, {}).items() if name in ("eligible", "updates")}
     facts["releases"] = [
         {
             "number": each.number,
@@ -325,14 +333,14 @@ def _command(options: argparse.Namespace, verb: Literal["pause", "resume", "stop
     """Ask the running aggregator to do something with a task."""
     from aggregator import config, control
 
-    if not is_name(options.task):
-        raise Failure(Exit.USAGE, f"{options.task!r} cannot name a task: a-z, 0-9 and -, at most 63 characters")
+    _named(options.task)
     state = config.load(options.config, os.environ).state.directory
     show(control.ask(state, control.Request(verb, options.task, getattr(options, "to", None))), options.json)
     return Exit.OK
 
 
-def _task_facts(task: "StoredTask") -> dict[str, object]:
+def _task_facts(task: "StoredTask", told: dict[str, dict[str, object]], now: float) -> dict[str, object]:
+    """A task as the database has it, and the phase that the running aggregator says it is in."""
     from shared import signing, wire
     from shared.messages import Release, TaskManifest
 
@@ -348,11 +356,28 @@ def _task_facts(task: "StoredTask") -> dict[str, object]:
         "round": None if task.round is None else task.round.number,
         "rounds": manifest.plan.rounds,
         "wanted": task.state,
-        "state": "waiting" if task.round is None else task.round.state,
+        "phase": _phase(task, manifest, told.get(task.name, {}).get("phase"), now),
         "updates": len(task.contributions),
         "goal": manifest.plan.goal,
         "expires": cli.moment(manifest.expires),
     }
+
+
+def _phase(task: "StoredTask", manifest: "TaskManifest", told: object, now: float) -> str:
+    """The running aggregator's word; without one, as far as the database says it."""
+    going = {"open": "collecting", "closing": "reducing"}.get("" if task.round is None else task.round.state)
+    if isinstance(told, str) and told != "finished":
+        return told
+    if now >= manifest.expires and not going:
+        return "expired"
+    if told == "finished" or (not going and task.round is not None and task.round.number >= manifest.plan.rounds):
+        return "finished"
+    return going or ("waiting" if task.state == "active" else task.state)
+
+
+def _named(task: str) -> None:
+    if not is_name(task):
+        raise Failure(Exit.USAGE, f"{task!r} cannot name a task: a-z, 0-9 and -, at most 63 characters")
 
 
 def _backup(options: argparse.Namespace) -> int:
@@ -360,6 +385,9 @@ def _backup(options: argparse.Namespace) -> int:
 
     if options.output.exists() and not options.force:
         raise Failure(Exit.FAILED, f"{options.output} exists; give another name, or --force to replace it")
+    if not options.output.absolute().parent.is_dir():
+        folder = options.output.absolute().parent
+        raise Failure(Exit.FAILED, f"{options.output} cannot be written: there is no folder {folder}; make it first")
     made = backup.make(config.load(options.config, os.environ), options.output, time.time())
     tasks, blobs = made.manifest.tasks, len(made.manifest.members) - 1
     if options.json:
@@ -384,7 +412,7 @@ def _restore(options: argparse.Namespace) -> int:
         show({"directory": str(settings.state.directory), "tasks": manifest.tasks, "made": manifest.made}, True)
     else:
         print(f"restored {len(manifest.tasks)} tasks of {cli.moment(manifest.made)} into {settings.state.directory}")
-        say("start the aggregator: it takes over what the broker knows more, then opens new rounds")
+        say("start the aggregator: it catches up with what the broker holds of each task, then opens new rounds")
     return Exit.OK
 
 

@@ -29,8 +29,10 @@ def server(state: Path, post: Callable[[ControlRequest], None]) -> control.Contr
 
 
 def ask(state: Path, request: Request) -> dict[str, Any]:
-    """The running aggregator's answer; LinkError says why there is none, Failure (refused) why it says no."""
+    """The running aggregator's answer; LinkError says why there is none, Failure why it says no, or nothing in time."""
     answer = control.ask(state, request, DOOR)
+    if answer.get("pending"):
+        raise Failure(Exit.TIMED_OUT, str(answer["error"]))
     if "error" in answer:
         raise Failure(Exit.REFUSED, str(answer["error"]))
     return answer

@@ -1166,7 +1166,9 @@ class Coordinator:
         """Why a command cannot be carried out; empty if it can."""
         verb, target = command.verb, command.target
         if verb in ("stop", "rollback") and not self.ready:
-            return "may not be what the broker has of it: wait until the aggregator is connected"
+            return "waits for the broker, which may hold a newer release of it: try again once it is connected"
+        if verb == "pause" and task.phase in ("finished", "needs_manifest"):
+            return "is finished: there is no round to pause before"
         if verb == "pause" and task.state == "stopped":
             return "is stopped; `aggregator task resume` starts it again"
         if verb == "resume" and task.last_round >= task.manifest.plan.rounds:

@@ -253,7 +253,7 @@ class Service:
                 self._driver.stop()
                 return []
             case ControlRequest():
-                return self._commanded(event, now)
+                return self._commanded(event, now) if event.begin() else []
             case _:
                 return self._decide(event, now)
 

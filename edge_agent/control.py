@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from shared import control
+from shared.cli import Exit, Failure
 from shared.control import Door
 from shared.errors import LinkError
 from shared.messages import Wire
@@ -30,8 +31,10 @@ def server(run_dir: Path, post: Callable[[ControlRequest], None]) -> control.Con
 
 
 def ask(run_dir: Path, request: Request) -> dict[str, Any]:
-    """The running agent's answer; LinkError says why there is none, also where the agent refuses."""
+    """The running agent's answer; LinkError says why there is none or why it refuses, Failure that it came too late."""
     answer = control.ask(run_dir, request, DOOR)
+    if answer.get("pending"):
+        raise Failure(Exit.TIMED_OUT, str(answer["error"]))
     if "error" in answer:
         raise LinkError(str(answer["error"]))
     return answer

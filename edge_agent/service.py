@@ -273,7 +273,7 @@ class Service:
             case TrainerExited():
                 return self._trainer_exited(event, now)
             case ControlRequest():
-                return self._asked(event, now)
+                return self._asked(event, now) if event.begin() else []
             case WindowEdge():
                 self._schedule.plan(now)
                 return self._participation.handle(core.Wake(), now)

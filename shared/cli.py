@@ -37,7 +37,7 @@ MEANING: Mapping[Exit, str] = {
     Exit.FAILED: "failed; the line on standard error says why",
     Exit.USAGE: "wrong options or arguments",
     Exit.REFUSED: "refused: a record does not verify, or the other side said no",
-    Exit.TIMED_OUT: "done on this side, but nobody answered in time",
+    Exit.TIMED_OUT: "done on this side, or may still be done, but nobody answered in time",
     Exit.UNREACHABLE: "the broker or the daemon cannot be reached",
     Exit.CONFIG: "a configuration or task file is wrong; the line names file, key and remedy",
     Exit.INTERRUPTED: "interrupted from the keyboard",

@@ -1,19 +1,21 @@
 """A daemon's door for the operator: a Unix socket that takes typed requests.
 
 One request a connection: a line of JSON in, a line of JSON out, both bounded and with deadlines. The server's thread
-only posts `ControlRequest` and waits for the owner to call its `reply`; it never looks at the daemon's state. Who may
-open the socket (mode 0660, in a folder of the daemon's) may ask. No TCP port is opened.
+only posts `ControlRequest` and waits for the owner to call its `reply`; it never looks at the daemon's state. A request
+whose asker has gone is not carried out, unless the owner has begun. Who may open the socket (mode 0660, in a folder of
+the daemon's) may ask. No TCP port is opened.
 """
 
 import contextlib
 import json
 import os
 import queue
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,7 +28,8 @@ SOCKET = "control.sock"
 REQUEST_MAX = 4096
 ANSWER_MAX = 1 << 20
 PATIENCE = 5.0
-"""Seconds that the owner has for an answer; the client waits twice as long."""
+"""Seconds in which the owner must begin; it has nearly as long for the answer then. The client waits twice as long."""
+_MAYBE = "; what was asked may still be done, so look before you ask again"
 HURRY = 1.0
 """Seconds in which a client must have asked: until then it keeps others waiting."""
 
@@ -45,10 +48,18 @@ class Door:
 
 @dataclass(frozen=True, slots=True)
 class ControlRequest(Generic[R]):
-    """The event posted for each request; the owner calls `reply` once, which never blocks. {"error": text} refuses."""
+    """The event posted for each request; the owner calls `reply` once, which never blocks. {"error": text} refuses.
+
+    Before it does anything the owner calls `begin`: False means that nobody waits for it any more.
+    """
 
     request: R
     reply: Reply
+    _taken: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self) -> bool:
+        """Whether the caller is the first to call this: the owner who works, or the door that gives up."""
+        return self._taken.acquire(blocking=False)
 
 
 class ControlServer(Generic[R]):
@@ -99,7 +110,10 @@ class ControlServer(Generic[R]):
             except OSError:
                 return
             with connection, contextlib.suppress(OSError):
-                answer = self._answer(_receive(connection, REQUEST_MAX, HURRY))
+                line = _receive(connection, REQUEST_MAX, HURRY)
+                if _gone(connection):
+                    continue  # it waited too long for its turn
+                answer = self._answer(line)
                 connection.settimeout(HURRY)
                 connection.sendall(_line(answer))
 
@@ -109,30 +123,43 @@ class ControlServer(Generic[R]):
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             return {"error": f"not a request: {error}"}
         answers: queue.SimpleQueue[Mapping[str, object]] = queue.SimpleQueue()
-        self._post(ControlRequest(request, answers.put))
+        posted = ControlRequest(request, answers.put)
+        self._post(posted)
         try:
             return answers.get(timeout=PATIENCE)
         except queue.Empty:
-            return {"error": f"the {self._door.name} is busy and did not answer in time"}
+            if posted.begin():
+                text = f"the {self._door.name} is busy and did not begin in time; nothing was done, try again"
+                return {"error": text, "busy": True}
+        try:
+            return answers.get(timeout=0.8 * PATIENCE)
+        except queue.Empty:
+            return {"error": f"the {self._door.name} is busy and did not answer in time{_MAYBE}", "pending": True}
 
     def _error(self, advice: str) -> ConfigError:
         return ConfigError(str(self._folder), self._door.setting, advice)
 
 
 def ask(folder: Path, request: Wire, door: Door) -> dict[str, Any]:
-    """The running daemon's answer, which may be {"error": text}; LinkError says why there is none."""
-    path, name = folder / SOCKET, door.name
+    """The running daemon's answer, which may be {"error": text}; LinkError says why there is none.
+
+    With "pending" beside the error nobody knows whether what was asked is done.
+    """
+    path, name, asked = folder / SOCKET, door.name, False
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, _address(folder) as address:
             connection.settimeout(2 * PATIENCE)
             connection.connect(address)
             connection.sendall(_line(msgspec.to_builtins(request)))
+            asked = True
             line = _receive(connection, ANSWER_MAX, 2 * PATIENCE)
     except (FileNotFoundError, ConnectionRefusedError):
         raise LinkError(f"the {name} is not running (nothing listens at {path}); {door.start}") from None
     except PermissionError:
         raise LinkError(f"no permission to ask the {name} at {path}; try as root or as a member of its group") from None
     except TimeoutError:
+        if asked:
+            return {"error": f"the {name} at {path} does not answer{_MAYBE}", "pending": True}
         raise LinkError(f"the {name} at {path} does not answer") from None
     except OSError as error:
         raise LinkError(f"the {name} at {path} cannot be asked: {error.strerror or error}") from None
@@ -142,6 +169,8 @@ def ask(folder: Path, request: Wire, door: Door) -> dict[str, Any]:
         answer = None
     if not isinstance(answer, dict):
         raise LinkError(f"what listens at {path} is no {name}, or it stopped while it answered")
+    if answer.get("busy"):
+        raise LinkError(str(answer.get("error")))
     return answer
 
 
@@ -153,6 +182,13 @@ def _address(folder: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{opened}/{SOCKET}"
     finally:
         os.close(opened)
+
+
+def _gone(connection: socket.socket) -> bool:
+    """Whether the other side has closed, and not only said all that it had to say."""
+    poll = select.poll()
+    poll.register(connection, select.POLLHUP)
+    return bool(poll.poll(0))
 
 
 def _answers(address: str) -> bool:

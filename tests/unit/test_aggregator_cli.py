@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from aggregator import cli, control
 from aggregator.config import load
 from aggregator.store import Store
 from shared.version import VERSION
+from tests.records import Records
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "examples" / "digits"
@@ -377,7 +379,7 @@ def test_task_list_reads_the_database(site: Path, capsys: pytest.CaptureFixture[
     assert _json(capsys) == {"tasks": []}
     assert cli.main(["task", "list", "--config", str(config)]) == 0
     assert capsys.readouterr().out.split() == [
-        *("task", "version", "release", "round", "wanted", "state", "updates", "expires")
+        *("task", "version", "release", "round", "wanted", "phase", "updates", "expires")
     ]
 
 
@@ -401,6 +403,11 @@ def test_backup_and_restore(site: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["restore", output, "--force", *options]) == 3
     assert "nothing was restored" in capsys.readouterr().err
     assert cli.main(["restore", str(tmp_path / "none.tar"), *options]) == 1
+    capsys.readouterr()
+    assert cli.main(["backup", "-o", str(tmp_path / "none" / "x.tar"), *options]) == 1
+    assert capsys.readouterr().err == (
+        f"aggregator: {tmp_path}/none/x.tar cannot be written: there is no folder {tmp_path}/none; make it first\n"
+    )
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "stop", "rollback"])
@@ -446,8 +453,49 @@ def test_show_of_an_unknown_task(site: Path, capsys: pytest.CaptureFixture[str])
     settings = load(config)
     settings.state.directory.mkdir(exist_ok=True)
     Store(settings.database).close()
-    assert cli.main(["task", "show", "other", "--config", str(config)]) == 1
+    assert cli.main(["task", "show", "other", "--config", str(config)]) == 3
     assert "there are: none yet" in capsys.readouterr().err
+    assert cli.main(["task", "show", "a/b", "--config", str(config)]) == 2
+
+
+def test_the_phase_of_a_task(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the running aggregator's word; without one the database's, and one whose time is over is expired."""
+    config = site / "fleet" / "aggregator" / "aggregator.toml"
+    settings = load(config)
+    shutil.rmtree(settings.state.directory, ignore_errors=True)
+    settings.state.directory.mkdir()
+    store, records = Store(settings.database), Records()
+    now = int(time.time())
+    for name, expires in (("young", now + 1000), ("old", now - 1000)):
+        message = records.message(records.manifest(task=name, expires=expires))
+        with store.transaction():
+            store.adopt(name, 1, message, (b"t" * 32, b"e" * 32))
+            store.add_release(name, 1, 0, message.release, b"w" * 32, now)
+    store.close()
+
+    def phases() -> list[str]:
+        assert cli.main(["task", "list", "--json", "--config", str(config)]) == 0
+        tasks = _json(capsys)["tasks"]
+        assert isinstance(tasks, list)
+        return [task["phase"] for task in tasks]
+
+    try:
+        assert phases() == ["expired", "waiting"]
+        for phase in ("starved", "catching_up", "needs_manifest", "damaged"):
+            told = {"tasks": {"young": {"phase": phase}, "old": {"phase": "finished"}}}
+            settings.status_file.write_text(json.dumps(told), encoding="utf-8")
+            assert phases() == ["expired", "waiting"]
+            with settings.lock_file.open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                assert phases() == ["expired", phase]
+                assert cli.main(["task", "show", "young", "--json", "--config", str(config)]) == 0
+                assert _json(capsys)["phase"] == phase
+        with settings.lock_file.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            settings.status_file.write_text('{"tasks": [1]}', encoding="utf-8")
+            assert phases() == ["expired", "waiting"]
+    finally:
+        shutil.rmtree(settings.state.directory)
 
 
 @pytest.mark.parametrize(

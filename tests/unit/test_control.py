@@ -13,6 +13,7 @@ import pytest
 
 from edge_agent.control import ControlRequest, Request, ask, server
 from shared import control
+from shared.cli import Exit, Failure
 from shared.control import ANSWER_MAX, REQUEST_MAX, SOCKET, ControlServer
 from shared.errors import ConfigError, LinkError
 
@@ -105,13 +106,54 @@ def test_busy_owner_and_silent_client_hold_nobody_up(serve: Serve, monkeypatch: 
     monkeypatch.setattr(control, "HURRY", 0.1)
     waiting: list[ControlRequest] = []
     folder = serve(waiting.append)
-    with pytest.raises(LinkError, match="did not answer in time"):
+    with pytest.raises(LinkError, match="nothing was done"):
         ask(folder, Request("status"))
+    assert not waiting[0].begin()
     waiting[0].reply({"late": True})
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
         silent.connect(str(folder / SOCKET))
-        with pytest.raises(LinkError, match="did not answer in time"):
+        with pytest.raises(LinkError, match="nothing was done"):
             ask(folder, Request("status"))
+
+
+def test_what_has_begun_may_still_be_done(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nobody says that it was refused: exit code 4; an answer that is only slow still comes."""
+    monkeypatch.setattr(control, "PATIENCE", 0.5)
+    slow: list[threading.Timer] = []
+
+    def late(event: ControlRequest) -> None:
+        assert event.begin()
+        if event.request.verb == "status":
+            slow.append(threading.Timer(0.7, event.reply, [{"late": True}]))
+            slow[-1].start()
+
+    folder = serve(late)
+    assert ask(folder, Request("status")) == {"late": True}
+    with pytest.raises(Failure, match="may still be done") as caught:
+        ask(folder, Request("pause"))
+    assert caught.value.code is Exit.TIMED_OUT
+    slow[0].join()
+
+
+def test_who_has_gone_is_not_served(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that waited for its turn until its asker gave up reaches nobody."""
+    monkeypatch.setattr(control, "PATIENCE", 0.4)
+    asked: list[str] = []
+    folder = serve(lambda event: asked.append(event.request.verb))
+    line = b'{"verb": "pause"}\n'
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as second,
+    ):
+        first.connect(str(folder / SOCKET))
+        first.sendall(b'{"verb": "status"}\n')
+        second.connect(str(folder / SOCKET))
+        second.sendall(line)
+        second.close()
+        assert b"nothing was done" in first.recv(65_536)
+    with pytest.raises(LinkError):
+        ask(folder, Request("resume"))
+    assert asked == ["status", "resume"]
 
 
 def test_socket_is_for_owner_and_group(serve: Serve) -> None:

@@ -1075,6 +1075,7 @@ def test_commands_for_what_is_not_there() -> None:
     bench.begin(RECORDS.message(RECORDS.manifest(rounds=1)))
     run_round(bench, {})
     assert "no round left" in str(command(bench, "resume")[1]["error"])
+    assert "is finished" in str(command(bench, "pause")[1]["error"])
     bench.machine.ready = False
     assert "connected" in str(command(bench, "stop")[1]["error"])
 

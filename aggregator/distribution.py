@@ -135,14 +135,14 @@ class Distribution:
 
         if not self._fits(task_release(name), max(len(data), release.weights.chunk_size)):
             return
-        if not release.weights.chunks:
-            finish(now)
-            return
         running = next((job for job in self._jobs if job.key[0] == name and not job.withdraws), None)
         if running is not None and running.key == key and running.kept:
             return  # on its way; a cut of the link does not make it begin again
         if running is not None:
-            self._jobs.remove(running)
+            self._jobs.remove(running)  # an older one must not come after this one
+        if not release.weights.chunks:
+            finish(now)
+            return
         self._jobs.append(_Job(key, self._chunks(release.weights), finish))
         self.pump(now)
 

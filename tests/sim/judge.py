@@ -36,7 +36,8 @@ Once the aggregator's disk was lost, or went back to a backup, all of that holds
   What devices follow is as strict as ever: no position goes back, and none of them follows another record at a position
   than another device does
 - a round that was open ends without a word
-- a task whose rounds may all be used up says `needs_manifest`, and has to come to its end with a newer manifest
+- a task whose rounds may all be used up says `needs_manifest`, perhaps with an offer that is behind what devices have,
+  and has to come to its end with a newer manifest
 
 If the broker's memory was lost as well in the same schedule, be it at another time, nobody but devices may know how far
 a task had come. Then two devices may follow two records at one position, and a task that does not come to its end by
@@ -287,6 +288,8 @@ def restless(aggregator: Aggregator, devices: Sequence[Device], versions: dict[s
                 return f"{device.name} knows no release of {name}"
             if theirs.release_position.digest != ours.position.digest:
                 return f"{device.name} has release {theirs.release_position.rank} of {name}, not {ours.position.rank}"
+            if ours.phase == "needs_manifest":
+                continue  # it does not know the last offer itself
             offer = None if ours.offer_signed is None else signing.digest(ours.offer_signed)
             if offer is not None and (theirs.offer_position is None or theirs.offer_position.digest != offer):
                 return f"{device.name} has not heard of the last offer of {name}"

@@ -183,6 +183,15 @@ def test_a_newer_release_takes_the_older_ones_place(outlet: Outlet) -> None:
     assert wire.unpack(message.release.payload, Release).number == 1
 
 
+def test_a_newer_release_without_chunks_does_so_too(outlet: Outlet) -> None:
+    """The older one's message does not come after it when its last chunk is confirmed."""
+    outlet.release(0, data(0, 20))
+    outlet.release(1, b"small", 0)
+    outlet.confirm()
+    message = wire.unpack(outlet.retained()[task_release("points")], ReleaseMessage)
+    assert (wire.unpack(message.release.payload, Release).number, message.weights) == (1, b"small")
+
+
 def test_a_cut_link_does_not_begin_again(outlet: Outlet) -> None:
     """The broker still has the newest chunk that it confirmed: the rest follows."""
     weights = data(1, 40)

@@ -844,7 +844,9 @@ class Coordinator:
         if missed is not None and missed.manifest.version == found.manifest.version:
             # Devices have come further with it, so it goes on above all that they know.
             return effects + self._recover(adopted, _offer_of(adopted, missed.offer), now, missed.release.number + SKIP)
-        return effects + self._open(adopted, now)
+        theirs = _offer_of(adopted, self._offered(found).offer)
+        # An offer of it says that it was on its way once, before all was forgotten here.
+        return effects + (self._open(adopted, now) if theirs is None else self._recover(adopted, theirs, now))
 
     def _known(self, found: Found) -> Found:
         """The same release as the broker has it beside its task, if it lies there as well as on `models/release`."""

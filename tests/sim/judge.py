@@ -39,9 +39,10 @@ Once the aggregator's disk was lost, or went back to a backup, all of that holds
 - a task whose rounds may all be used up says `needs_manifest`, perhaps with an offer that is behind what devices have,
   and has to come to its end with a newer manifest
 
-If the broker's memory was lost as well in the same schedule, be it at another time, nobody but devices may know how far
-a task had come. Then two devices may follow two records at one position, and a task that does not come to its end by
-itself need not say so; with a newer manifest it has to.
+If the broker's memory was lost as well in the same schedule, be it at another time, or if it shows what it retains in
+another order than it was asked for, nobody but devices may know how far a task had come. Then two devices may follow
+two records at one position, and a task that does not come to its end by itself need not say so; with a newer manifest
+it has to.
 """
 
 from collections import Counter
@@ -88,7 +89,7 @@ class Ledger:
         self.forgot = False
         """The aggregator's disk was lost or restored from a backup, so it may not know what it did."""
         self.broker_forgot = False
-        """So may the broker, at whatever time."""
+        """So may the broker, at whatever time; or what it shows first says nothing of what comes later."""
         self.releases: dict[bytes, Release] = {}
         self.steps: list[Step] = []
         self.counted: dict[Place, dict[str, bytes]] = {}
@@ -274,6 +275,8 @@ def restless(aggregator: Aggregator, devices: Sequence[Device], versions: dict[s
     if not finished(aggregator, versions):
         return "the aggregator is not at the end of its tasks"
     coordinator = aggregator.service._coordinator
+    if not coordinator.ready:
+        return "the aggregator has not read the broker back"
     for device in devices:
         if device.service is None:
             return f"{device.name} is off"

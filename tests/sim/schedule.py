@@ -85,6 +85,7 @@ class Schedule:
             queue_max=dice.choice((1000, 1000, 1000, 40)),
         )
         self.ledger = Ledger(self.world)
+        self.ledger.broker_forgot = self.broker.faults.reorder
         self.devices = [
             Device(self.world, self.broker, self.ledger, number, self.fleet.bundles[number], self.folder, inline)
             for number in range(dice.choice((2, 3, 3, 4, 5, DEVICES_MAX)))

@@ -421,6 +421,18 @@ def _behind(memory: str, whole: bool, offered: bool = True) -> tuple[Bench, core
     return again, fetch
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_an_offer_without_its_release_still_counts(late: bool) -> None:
+    """Release 0 alone came back, but an offer of its manifest says that rounds were given: they are not given again."""
+    again, offer = Bench(), [_third_offer()]
+    again.tell(*(core.StatusReceived(each, status(v=2)) for each in "abc"))
+    again.machine.ready = False
+    again.tell(FIRST, ROOT, *([] if late else offer), LAST, *(offer if late else []))
+    effects = again.tell(core.ReleaseReceived(_second(0, whole=True)))
+    assert again.offer.round > 3 and again.machine.tasks["points"].release.number == 1000
+    assert all(each.offer.round > 3 for each in effects if isinstance(each, core.OpenRound))
+
+
 def test_two_releases_of_one_number() -> None:
     """Devices hold the broker's; ours goes on under a number that nobody has."""
     before, again = restored()

@@ -36,6 +36,7 @@ def plot(fleet: Fleet, relay: Relay) -> Iterator[Plot]:
     fleet.fresh_broker()
     with Plot(fleet, 2) as made:
         made.devices[0].reach(relay.port, KEEPALIVE)
+        made.aggregator.memory_max = (100 << 20) + 12 * SIZE  # two updates in assembly, the sum, and closing it
         for daemon in made.daemons:
             daemon.start()
         for daemon in made.daemons:

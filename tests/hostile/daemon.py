@@ -39,7 +39,7 @@ def memory(pid: int, what: Literal["VmHWM", "VmRSS"]) -> int:
 
 
 MEMORY = 250 << 20
-"""Bytes that no daemon may ever need, however bad its input: a link takes messages of up to 64 MiB."""
+"""Bytes that no daemon with small models may need, however bad its input: a link takes messages of up to 64 MiB."""
 
 
 class Child(Protocol):
@@ -67,6 +67,7 @@ class Daemon:
         self._child: Child | None = None
         self._offset, self._rest = 0, b""
         self.lines: list[Line] = []
+        self.memory_max = MEMORY
 
     @property
     def pid(self) -> int:
@@ -84,9 +85,9 @@ class Daemon:
             self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def stop(self, by: signal.Signals = signal.SIGTERM) -> int:
-        """End it as systemd would; its exit status. Whatever it was sent until then, it needed no more than MEMORY."""
+        """End it as systemd would; its exit status. Whatever it was sent, it needed no more than memory_max."""
         assert self._child is not None
-        assert self._child.poll() is not None or self.peak() < MEMORY
+        assert self._child.poll() is not None or self.peak() < self.memory_max
         self._child.send_signal(by)
         return self.ended()
 

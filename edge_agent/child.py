@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Final, Literal
 
 from edge_agent import jobs
-from edge_agent.jobs import Cancel, Done, Failed, Job, Order, Progress
+from edge_agent.jobs import Cancel, Job, Order, Suspend, Word
+from edge_agent.sandbox import Sandbox
 from shared.errors import RemoteProtocolError, TrainingError
 
 Cause = Literal["stopped", "exited", "crashed", "killed", "garbled"]
@@ -37,6 +38,8 @@ class Settings:
     threads: int = 1
     memory_max: int = 2 << 30
     nice: int = 10
+    idle: bool = False
+    """Whether it gets CPU and disk only when nobody else wants them."""
     grace: float = 5.0
     """From the request to stop until SIGKILL."""
 
@@ -46,7 +49,7 @@ class TrainerSaid:
     """A message of the child with this process id."""
 
     pid: int
-    message: Progress | Done | Failed
+    message: Word
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +82,8 @@ Event = TrainerSaid | TrainerWrote | TrainerExited
 class Trainer:
     """At most one child at a time; every method is called by the owner's thread and returns at once."""
 
-    def __init__(self, post: Callable[[Event], None], settings: Settings) -> None:
-        self._post, self._settings = post, settings
+    def __init__(self, post: Callable[[Event], None], settings: Settings, sandbox: Sandbox | None = None) -> None:
+        self._post, self._settings, self._sandbox = post, settings, sandbox
         self._child: _Child | None = None
 
     @property
@@ -100,7 +103,7 @@ class Trainer:
         The calling thread must live as long as the child may: when it ends, the kernel ends the child.
         """
         if self._child is None or self._child.gone or self._child.stopping:
-            self._child = _Child(self._post, self._settings)
+            self._child = _Child(self._post, self._settings, self._sandbox)
         return self._child.pid
 
     def submit(self, job: Job) -> int:
@@ -122,13 +125,22 @@ class Trainer:
         if self._child is not None:
             self._child.orders.put(jobs.frame(Order(Cancel(id))))
 
+    def suspend(self, id: str) -> None:
+        """Have the child leave this job at its next batch with a checkpoint; a frozen child is let run for it.
+
+        Its answer is Suspended, or Done if it was at its end. No effect without a child, nor for an unknown job.
+        """
+        if self._child is not None:
+            self._child.orders.put(jobs.frame(Order(Suspend(id))))
+            self._child.freeze(False)
+
     def stop(self, kill: bool = False) -> None:
         """End the child: no more jobs, then SIGTERM, then SIGKILL; with `kill` SIGKILL at once. No child, no effect."""
         if self._child is not None:
             self._child.stop(kill)
 
     def freeze(self) -> None:
-        """Stop the child where it stands (SIGSTOP to its group), its memory kept."""
+        """Stop the child where it stands, its memory kept: its control group, or by SIGSTOP where there is none."""
         if self._child is not None:
             self._child.freeze(True)
 
@@ -154,15 +166,19 @@ def rss(pid: int) -> int | None:
 class _Child:
     """One process with the threads that write to it, listen to it and wait for its end."""
 
-    def __init__(self, post: Callable[[Event], None], settings: Settings) -> None:
-        self._post, self._settings = post, settings
+    def __init__(self, post: Callable[[Event], None], settings: Settings, sandbox: Sandbox | None) -> None:
+        self._post, self._settings, self._sandbox = post, settings, sandbox
         self._lock = threading.Lock()
         self.stopping = self._killed = self._garbled = False
         self._ended = threading.Event()
         self.frozen = False
         self.orders: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        command = [settings.python, "-P", "-m", "edge_agent.trainer"]
+        command = [settings.python, "-P", "-m", "edge_agent.confined"]
         options = [f"--parent={os.getpid()}", f"--memory-max={settings.memory_max}", f"--nice={settings.nice}"]
+        options += ["--idle"] if settings.idle else []
+        if sandbox is not None:
+            sandbox.freeze(False)  # one that was killed while it was frozen left the group so
+            options.append(f"--cgroup={sandbox.trainer}")
         try:
             self._process = subprocess.Popen(
                 [*command, *options],
@@ -197,7 +213,10 @@ class _Child:
 
     def freeze(self, frozen: bool) -> None:
         with self._lock:
-            if self._signal(signal.SIGSTOP if frozen else signal.SIGCONT):
+            if self._ended.is_set():
+                return
+            grouped = self._sandbox is not None and self._sandbox.freeze(frozen)
+            if grouped or self._signal(signal.SIGSTOP if frozen else signal.SIGCONT):
                 self.frozen = frozen
 
     def _end(self) -> None:
@@ -206,7 +225,7 @@ class _Child:
             return
         with self._lock:
             self._signal(signal.SIGTERM)
-            self._signal(signal.SIGCONT)  # what is frozen cannot even die of SIGTERM
+        self.freeze(False)  # what is frozen cannot even die of SIGTERM
         if not self._ended.wait(self._settings.grace):
             self._kill()
 

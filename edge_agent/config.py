@@ -72,6 +72,11 @@ class Trainer(Section, frozen=True):
     """The interpreter that has torch; by default the agent's own."""
     nice: Annotated[int, Meta(ge=0, le=19)] = 10
     """Scheduling niceness of the trainer: whatever else the device does comes first."""
+    scheduling: Literal["idle", "normal"] = "idle"
+    """"idle": the trainer gets CPU time and the disk only when nobody else wants them; "normal": niceness alone."""
+    checkpoint: Annotated[float, Meta(ge=0.0, le=604_800.0)] = 300.0
+    """Seconds of training between two checkpoints, for when the power fails: each writes the weights and what the
+    optimizer keeps, up to three times their size. 0: only when training steps aside or the agent stops."""
 
 
 class Data(Section, frozen=True):

@@ -64,6 +64,9 @@ class Policy(Section, frozen=True):
     """Seconds without any obstacle before the device offers itself: a door that opens and shuts helps nobody."""
     patience: Seconds = 10.0
     """Seconds that load may stand in the way before work stops: short bursts are normal."""
+    grace: Seconds = 300.0
+    """Seconds that a frozen trainer waits for what stands in the way to be over, and keeps its memory; then it leaves
+    its work with a checkpoint. 0: at once."""
     sense: Annotated[float, Meta(ge=1.0, le=3600.0)] = 30.0
     """Seconds between two looks at the device while it does not train; each look costs about a millisecond."""
     sense_training: Annotated[float, Meta(ge=0.5, le=600.0)] = 5.0
@@ -88,6 +91,9 @@ class Constraint(StrEnum):
 
 TOLERATED = frozenset({Constraint.CPU, Constraint.MEMORY, Constraint.MEMORY_PRESSURE, Constraint.IO, Constraint.DISK})
 """These end the device's eligibility only after `patience`; all others do at once."""
+
+PASSING = frozenset({Constraint.MAINS, Constraint.BATTERY, Constraint.HEAT, Constraint.CPU, Constraint.IO})
+"""These may soon be over, so that it is worth waiting with a trainer that stands still and keeps its memory."""
 
 
 @dataclass(frozen=True, slots=True)

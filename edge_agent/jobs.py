@@ -69,6 +69,10 @@ class Job(Wire, frozen=True, tag="job"):
     """The canonical UpdateContext that the body is bound to."""
     output: Path
     threads: Annotated[int, Meta(ge=1, le=1024)] = 1
+    checkpoint: Path | None = None
+    """Where checkpoints of this job are written, and one that is there already is gone on from."""
+    checkpoint_every: Annotated[float, Meta(ge=0.0, le=604_800.0)] = 0.0
+    """Seconds between two checkpoints; 0: only when it is suspended."""
 
 
 class Cancel(Wire, frozen=True, tag="cancel"):
@@ -80,10 +84,19 @@ class Cancel(Wire, frozen=True, tag="cancel"):
     id: Label
 
 
+class Suspend(Wire, frozen=True, tag="suspend"):
+    """The job with this id is to be left: Suspended is soon its answer, with a checkpoint if it has begun to train.
+
+    Done may still be the answer, when the job was at its end. For any other id it does nothing.
+    """
+
+    id: Label
+
+
 class Order(Wire, frozen=True):
     """A frame to the trainer. The end of the stream means: finish and exit."""
 
-    message: Job | Cancel
+    message: Job | Cancel | Suspend
 
 
 class Progress(Wire, frozen=True, tag="progress"):
@@ -130,10 +143,21 @@ class Failed(Wire, frozen=True, tag="failed"):
     detail: Text
 
 
+class Suspended(Wire, frozen=True, tag="suspended"):
+    """The job was left; the same one, given again, goes on from its checkpoint, or anew if there is none."""
+
+    id: Label
+    kept: bool
+    """Whether there is a checkpoint."""
+
+
+Word = Progress | Done | Failed | Suspended
+
+
 class Said(Wire, frozen=True):
     """A frame from the trainer."""
 
-    message: Progress | Done | Failed
+    message: Word
 
 
 class Readable(Protocol):
@@ -151,13 +175,13 @@ def frame(message: Order | Said) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def read_order(stream: Readable) -> Job | Cancel | None:
-    """The next job or cancel, or None at the end of the stream; RemoteProtocolError for anything else."""
+def read_order(stream: Readable) -> Job | Cancel | Suspend | None:
+    """The next order, or None at the end of the stream; RemoteProtocolError for anything else."""
     body = _read(stream, ORDER_MAX)
     return None if body is None else wire.unpack(body, Order, ORDER_MAX).message
 
 
-def read_said(stream: Readable) -> Progress | Done | Failed | None:
+def read_said(stream: Readable) -> Word | None:
     """What the trainer said next, or None at the end of the stream; RemoteProtocolError for anything else."""
     body = _read(stream, SAID_MAX)
     return None if body is None else wire.unpack(body, Said, SAID_MAX).message

@@ -6,6 +6,11 @@ it is selected and nothing stands in the way, one job at a time.
 
     release: verified -> (weights in chunks: coming, see edge_agent.download) -> accepted
     job: none -> training -> sealed, see edge_agent.delivery -> none
+         training <-> frozen; either -> leaving -> left, with a checkpoint -> training, or dropped
+
+What breaks while it trains freezes the job where that may soon be over, for `grace` seconds at most; else the job is
+left with a checkpoint and the child ends, so that its memory is free. A job that was left is gone on with when the
+device is eligible again, also after a reboot, as long as its round is open.
 
 It must never touch a socket, a disk, a clock or a private key: the shell signs heads and keeps files.
 """
@@ -19,8 +24,8 @@ from edge_agent import download
 from edge_agent.delivery import Delivery, DropUpdate, Update
 from edge_agent.delivery import Effect as DeliveryEffect
 from edge_agent.download import Coming, Downloads
-from edge_agent.eligibility import DeviceFacts, Gatekeeper, Obstacle, Policy, obstacles
-from edge_agent.jobs import Done, Failed, Progress
+from edge_agent.eligibility import PASSING, DeviceFacts, Gatekeeper, Obstacle, Policy, obstacles
+from edge_agent.jobs import Done, Failed, Progress, Suspended, Word
 from shared import chunks, signing, trust, wire
 from shared.errors import Reason, RemoteProtocolError
 from shared.layout import dimension
@@ -54,6 +59,8 @@ PROGRESS_INTERVAL = 10.0
 """Seconds between two lines about a training that goes on; one that takes less is told by its start and end."""
 OUTBOX_COUNT, OUTBOX_BYTES = 16, 256 << 20
 """Updates, and bytes of their bodies, that wait for an answer at most."""
+LEAVING = 20.0
+"""Seconds in which a trainer must have left its job; then it is killed, and an older checkpoint has to do."""
 RETRY_FIRST, RETRY_MAX = 60.0, 3600.0
 """Seconds before a failed job is tried again; doubles."""
 
@@ -152,7 +159,7 @@ class ClockSet:
 class TrainerTold:
     """The trainer child spoke."""
 
-    message: Progress | Done | Failed
+    message: Word
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +168,11 @@ class TrainerGone:
 
     cause: str
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The daemon is going to end: leave what is trained, begin nothing; `Left` says that it may."""
 
 
 Event = (
@@ -179,6 +191,7 @@ Event = (
     | ClockSet
     | TrainerTold
     | TrainerGone
+    | Leave
     | Tick
 )
 
@@ -215,8 +228,22 @@ class Sense:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepJob:
+    """Store what a job is, durably, before it begins: with its checkpoint it can be gone on with after a reboot."""
+
+    job: "LeftJob"
+
+
+@dataclass(frozen=True, slots=True)
+class DropJob:
+    """A job is done, or will never be gone on with: forget it and its checkpoint."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Train:
-    """Give the trainer child a job."""
+    """Give the trainer child a job; `again` is one that was left."""
 
     id: str
     manifest: TaskManifest
@@ -224,6 +251,52 @@ class Train:
     offer: RoundOffer
     context: bytes
     seed: int
+    again: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeTraining:
+    """Stop the trainer where it stands, its memory kept; something stands in the way that may soon be over."""
+
+    task: str
+    round: int
+    obstacles: tuple[Obstacle, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ThawTraining:
+    """Let it go on."""
+
+    task: str
+    round: int
+    seconds: float
+    """For which it stood still."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveTraining:
+    """Have the trainer write a checkpoint and leave the job."""
+
+    id: str
+    task: str
+    round: int
+    why: str
+    obstacles: tuple[Obstacle, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingLeft:
+    """The job was left; it is gone on with later, if its round is still open then."""
+
+    task: str
+    round: int
+    kept: bool
+    """Whether there is a checkpoint to go on from, as far as is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Nothing is trained any more, as `Leave` asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +390,14 @@ Effect = (
     KeepRelease
     | KeepOffer
     | Sense
+    | KeepJob
+    | DropJob
     | Train
+    | FreezeTraining
+    | ThawTraining
+    | LeaveTraining
+    | TrainingLeft
+    | Left
     | StopTraining
     | TrainingFailed
     | RestTrainer
@@ -358,17 +438,56 @@ class Task:
     failures: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class LeftJob:
+    """All that makes a job the same one when it is gone on with."""
+
+    id: str
+    task: str
+    position: tuple[int, int]
+    """(manifest version, round)."""
+    release: bytes
+    """Digest of the release it trains from."""
+    context: bytes
+    seed: int
+
+
 @dataclass
 class Work:
     """The job in hand."""
 
-    id: str
-    task: str
+    job: LeftJob
     offer: RoundOffer
-    context: bytes
     deadline: float
     tell_at: float
     """Monotonic seconds at which progress is worth a line again."""
+    frozen_at: float | None = None
+    leave_by: float | None = None
+    """While it is frozen: when it is left, if what stands in the way is still there."""
+    left_by: float | None = None
+    """It is being left: when the trainer must have answered."""
+
+    @property
+    def id(self) -> str:
+        """The job's, which is also its report's."""
+        return self.job.id
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return self.job.task
+
+    @property
+    def round(self) -> int:
+        """The round's number."""
+        return self.offer.round
+
+    @property
+    def state(self) -> str:
+        """training, frozen or leaving."""
+        if self.left_by is not None:
+            return "leaving"
+        return "training" if self.frozen_at is None else "frozen"
 
 
 @dataclass
@@ -394,6 +513,8 @@ class Participation:
     obstacles: tuple[Obstacle, ...] = ()
     facts: DeviceFacts | None = None
     work: Work | None = None
+    left: dict[str, LeftJob] = field(default_factory=dict)
+    """Of each task, the job that was left and may be gone on with."""
     progress: Progress | None = None
     last_trained: float | None = None
     protocol: Version = 1
@@ -404,6 +525,8 @@ class Participation:
     _gate: Gatekeeper = field(init=False)
     _bad_data: set[str] = field(default_factory=set)
     _warm_until: float | None = None
+    _leaving: bool = False
+    """The daemon ends."""
     _next_start: float | None = None
     """Monotonic seconds at which a job that is only waiting for its start time can begin."""
     _early: dict[str, Signed] = field(default_factory=dict)
@@ -422,7 +545,9 @@ class Participation:
         self.downloads = Downloads(self.random)
         self.delivery = Delivery(self.device, self.random, self.outbox_count, self.outbox_bytes)
 
-    def restore(self, tasks: Iterable[Task], updates: Iterable[Update], now: Instant) -> list[Effect]:
+    def restore(
+        self, tasks: Iterable[Task], updates: Iterable[Update], now: Instant, jobs: Iterable[LeftJob] = ()
+    ) -> list[Effect]:
         """Take up what an earlier process stored; before any event."""
         for task in tasks:
             self.tasks[task.name] = task
@@ -436,6 +561,14 @@ class Participation:
                 effects += self.delivery.resume(update, now.mono)
         for task in self.tasks.values():
             task.worked = max(task.settled, self.delivery.newest(task.name))
+        for job in jobs:
+            task_there = self.tasks.get(job.task)
+            manifest = None if task_there is None else task_there.manifest
+            current = manifest is not None and manifest.version == job.position[0] and now.utc < manifest.expires
+            if task_there is not None and current and task_there.worked < job.position and job.task not in self.left:
+                self.left[job.task] = job
+            else:
+                effects.append(DropJob(job.id))
         return effects
 
     @property
@@ -449,10 +582,15 @@ class Participation:
         wanted = [self._gate.deadline, self._warm_until, self._refresh_at if self.connected else None]
         if self._gate.deadline is None:
             wanted.append(0.0)
-        wanted.append(self._next_start if self.work is None else self.work.deadline)
+        wanted += [self._next_start] if self.work is None else [self._work_deadline(self.work)]
         wanted += [self._speak_at, self._ask_at] if self.connected else []
         wanted += [self.downloads.deadline, self.delivery.deadline]
         return min((each for each in wanted if each is not None), default=None)
+
+    def _work_deadline(self, work: Work) -> float | None:
+        if work.left_by is not None:
+            return work.left_by
+        return work.deadline if work.frozen_at is None else work.leave_by
 
     def handle(self, event: Event, now: Instant) -> list[Effect]:
         """What to do about one event; a RemoteProtocolError has changed nothing."""
@@ -500,7 +638,16 @@ class Participation:
                 return self._trainer_told(message, now)
             case TrainerGone(cause=cause, detail=detail):
                 self._warm_until = None
-                return self._failed(f"trainer_{cause}", detail, now) if self.work is not None else []
+                if self.work is None:
+                    return []
+                if self.work.left_by is not None:
+                    return self._has_left(self.work, False)
+                return self._failed(f"trainer_{cause}", detail, now)
+            case Leave():
+                self._leaving = True
+                if self.work is None:
+                    return [Left()]
+                return self._leave(self.work, "shutdown", now) if self.work.left_by is None else []
             case Tick():
                 return self._tick(now)
             case _:
@@ -511,9 +658,9 @@ class Participation:
         due = self._gate.deadline
         if due is None or due <= now.mono:
             effects.append(self._sense())
-        if self.work is not None and self.work.deadline <= now.mono:
-            effects.append(self._stop("timeout", kill=True))
-            effects += self._failed("timeout", f"no result within {self.timeout:g} s", now)
+        due = None if self.work is None else self._work_deadline(self.work)
+        if self.work is not None and due is not None and due <= now.mono:
+            effects += self._overdue(self.work, now)
         if self._warm_until is not None and self.work is None and self._warm_until <= now.mono:
             self._warm_until = None
             effects.append(RestTrainer())
@@ -528,6 +675,18 @@ class Participation:
             # They may have been mended since, and only a round can tell.
             self._bad_data.clear()
         return effects
+
+    def _overdue(self, work: Work, now: Instant) -> list[Effect]:
+        if work.left_by is not None:
+            # A checkpoint that it wrote earlier still counts.
+            return [self._stop("leaving", kill=True), *self._has_left(work, False)]
+        if work.frozen_at is not None and not self.obstacles:
+            work.leave_by = now.mono + self.policy.settle + 1.0  # it is about to go on
+            return []
+        if work.frozen_at is not None:
+            return self._leave(work, "obstacles", now)
+        stop = self._stop("timeout", kill=True)
+        return [stop, *self._failed("timeout", f"no result within {self.timeout:g} s", now)]
 
     # -- records --
 
@@ -631,12 +790,18 @@ class Participation:
         return effects + self.delivery.outdated(name, (task.manifest.version, offer.round), staleness)
 
     def _give_up(self, name: str, why: str, now: Instant) -> list[Effect]:
-        """End what is trained for this task, if anything: it would not count any more. The child stays warm."""
+        """End what is trained for this task, if anything: it would not count any more. The child stays warm.
+
+        One that is frozen or just leaving ends, since it could not do so without running on.
+        """
+        job = self.left.pop(name, None)
+        effects: list[Effect] = [] if job is None else [DropJob(job.id)]
         if self.work is None or self.work.task != name:
-            return []
-        effect = self._stop(why, kill=False)
-        self._rest(now)
-        return [effect]
+            return effects
+        job_id, busy = self.work.id, self.work.state == "training"
+        effects.append(self._stop(why, kill=not busy))
+        self._rest(now, warm=busy)
+        return [*effects, DropJob(job_id), *self._gone()]
 
     def _make_room(self, name: str, now: Instant) -> list[Effect]:
         """A place for one more task: a free one, or that of a task whose manifest has expired."""
@@ -647,7 +812,9 @@ class Participation:
             busy = self.work is not None and self.work.task == other.name
             if not busy and (other.manifest is None or now.utc >= other.manifest.expires):
                 del self.tasks[other.name]
-                late = [*self.downloads.discard(other.name), *self.delivery.forget(other.name)]
+                job = self.left.pop(other.name, None)
+                late: list[Effect] = [] if job is None else [DropJob(job.id)]
+                late += [*self.downloads.discard(other.name), *self.delivery.forget(other.name)]
                 return [*late, ForgetTask(other.name)]
         raise RemoteProtocolError(Reason.TOO_LARGE, f"this device follows {TASKS_MAX} tasks already")
 
@@ -690,13 +857,47 @@ class Participation:
         self.obstacles = obstacles(self.policy, None if manifest is None else manifest.conditions, facts)
         changed = self._gate.observe(self.obstacles, now.mono, self.work is not None)
         # What stands in the way from the start is no change, but its owner should read of it all the same.
-        if not changed and not (first and self.obstacles):
+        told = changed or (first and bool(self.obstacles))
+        effects: list[Effect] = [EligibilityChanged(self.eligible, self.obstacles)] if told else []
+        if self.work is None or self.work.left_by is not None:
+            return effects
+        if self.eligible:
+            return effects + self._thaw(self.work, now)
+        # With nothing in the way any more, it stands still until that has lasted.
+        return effects + (self._step_aside(self.work, now) if self.obstacles else [])
+
+    def _step_aside(self, work: Work, now: Instant) -> list[Effect]:
+        """The device is needed: freeze where that may soon be over, else leave and free the memory."""
+        passing = all(obstacle.name in PASSING for obstacle in self.obstacles)
+        if not passing or self.policy.grace == 0:
+            return self._leave(work, "obstacles", now)
+        if work.frozen_at is not None:
             return []
-        effects: list[Effect] = [EligibilityChanged(self.eligible, self.obstacles)]
-        if not self.eligible and self.work is not None:
-            effects.append(self._stop("obstacles", self.obstacles, kill=True))
-            self.work, self.last_trained = None, now.mono
-        return effects
+        work.frozen_at, work.leave_by = now.mono, now.mono + self.policy.grace
+        return [FreezeTraining(work.task, work.round, self.obstacles)]
+
+    def _thaw(self, work: Work, now: Instant) -> list[Effect]:
+        if work.frozen_at is None:
+            return []
+        seconds = now.mono - work.frozen_at
+        work.frozen_at, work.leave_by = None, None
+        work.deadline += seconds
+        return [ThawTraining(work.task, work.round, seconds)]
+
+    def _leave(self, work: Work, why: str, now: Instant) -> list[Effect]:
+        """Ask for a checkpoint, which a frozen trainer is let run for."""
+        work.frozen_at, work.leave_by, work.left_by = None, None, now.mono + LEAVING
+        found = self.obstacles if why == "obstacles" else ()
+        return [LeaveTraining(work.id, work.task, work.round, why, found)]
+
+    def _has_left(self, work: Work, kept: bool) -> list[Effect]:
+        """The trainer left its job; it is not needed for now, so its memory is given back."""
+        self.left[work.task] = work.job
+        self.work, self.progress, self._warm_until = None, None, None
+        return [TrainingLeft(work.task, work.round, kept), RestTrainer(), *self._gone()]
+
+    def _gone(self) -> list[Effect]:
+        return [Left()] if self._leaving and self.work is None else []
 
     def _sense(self) -> Sense:
         return Sense(self.work is not None, self.last_trained)
@@ -719,7 +920,7 @@ class Participation:
 
     def _start(self, now: Instant) -> list[Effect]:
         self._next_start = None
-        if self.work is not None or not self.eligible or self.facts is None:
+        if self.work is not None or not self.eligible or self.facts is None or self._leaving:
             return []
         wanted = [task for _, task in sorted(self.tasks.items()) if self._wants(task)]
         self._next_start = min((task.start_at for task in wanted if task.start_at > now.mono), default=None)
@@ -731,10 +932,29 @@ class Participation:
             if now.utc >= manifest.expires or obstacles(self.policy, manifest.conditions, self.facts):
                 continue
             # What may interrupt is looked for more often from now on.
-            return [self._train(task, manifest, task.release, offer, now), self._sense()]
+            return [*self._train(task, manifest, task.release, offer, now), self._sense()]
         return []
 
-    def _train(self, task: Task, manifest: TaskManifest, release: Release, offer: RoundOffer, now: Instant) -> Train:
+    def _train(
+        self, task: Task, manifest: TaskManifest, release: Release, offer: RoundOffer, now: Instant
+    ) -> list[Effect]:
+        """Begin a job, or go on with the one that was left."""
+        position = (manifest.version, offer.round)
+        effects: list[Effect] = []
+        left = self.left.pop(task.name, None)
+        again = left is not None and left.position == position and left.release == offer.release
+        if left is not None and again:
+            job = left
+        else:
+            if left is not None:
+                effects.append(DropJob(left.id))
+            job = self._new_job(task, manifest, offer, position)
+            effects.append(KeepJob(job))
+        self.work = Work(job, offer, now.mono + self.timeout, now.mono + PROGRESS_INTERVAL)
+        self.progress, self._warm_until, self._next_start = None, None, None
+        return [*effects, Train(job.id, manifest, release, offer, job.context, job.seed, again)]
+
+    def _new_job(self, task: Task, manifest: TaskManifest, offer: RoundOffer, position: tuple[int, int]) -> LeftJob:
         report = self.random(16)
         context = wire.pack(
             UpdateContext(
@@ -751,12 +971,10 @@ class Participation:
                 dimension=dimension(manifest.layout),
             )
         )
-        self.work = Work(report.hex(), task.name, offer, context, now.mono + self.timeout, now.mono + PROGRESS_INTERVAL)
-        self.progress, self._warm_until, self._next_start = None, None, None
         seed = int.from_bytes(self.random(8), "big") >> 1
-        return Train(self.work.id, manifest, release, offer, context, seed)
+        return LeftJob(report.hex(), task.name, position, offer.release, context, seed)
 
-    def _trainer_told(self, message: Progress | Done | Failed, now: Instant) -> list[Effect]:
+    def _trainer_told(self, message: Word, now: Instant) -> list[Effect]:
         work = self.work
         if work is None or message.id != work.id:
             return []  # of a job that was given up meanwhile
@@ -768,7 +986,9 @@ class Participation:
                 work.tell_at = now.mono + PROGRESS_INTERVAL
                 return [ShowProgress(work.task, work.offer.round, message)]
             case Done():
-                return self._done(work, message, now)
+                return [*self._done(work, message, now), *self._gone()]
+            case Suspended(kept=kept):
+                return self._has_left(work, kept)
             case Failed(reason=reason, detail=detail):
                 return self._failed(reason, detail, now)
             case _:
@@ -793,7 +1013,7 @@ class Participation:
             chunk_size,
             manifest.expires,
         )
-        effects: list[Effect] = [TrainingFinished(work.task, work.offer.round, done)]
+        effects: list[Effect] = [TrainingFinished(work.task, work.offer.round, done), DropJob(work.id)]
         effects += self.delivery.outdated(work.task, task.worked, manifest.plan.max_staleness)
         return effects + self.delivery.keep(update, now.mono)
 
@@ -804,7 +1024,7 @@ class Participation:
             return wire.pack(
                 UpdateHead(
                     v=2 if chunk_size else 1,
-                    context=work.context,
+                    context=work.job.context,
                     encapsulation=done.encapsulation,
                     size=done.size,
                     sha256=done.sha256,
@@ -831,12 +1051,14 @@ class Participation:
         if reason == "data" and task.manifest is not None:
             self._bad_data.add(task.manifest.data.dataset)
         self._rest(now)
-        return [TrainingFailed(work.id, work.task, work.offer.round, reason, detail, retry)]
+        failed = TrainingFailed(work.id, work.task, work.offer.round, reason, detail, retry)
+        # It is begun anew: what went wrong may lie in the checkpoint.
+        return [failed, DropJob(work.id), *self._gone()]
 
-    def _rest(self, now: Instant) -> None:
+    def _rest(self, now: Instant, warm: bool = True) -> None:
         self.work, self.progress = None, None
         self.last_trained = now.mono
-        self._warm_until = now.mono + self.idle_exit
+        self._warm_until = now.mono + self.idle_exit if warm else None
 
     def _stop(self, why: str, found: tuple[Obstacle, ...] = (), *, kill: bool) -> StopTraining:
         assert self.work is not None

@@ -27,9 +27,10 @@ from edge_agent.download import Downloads
 from edge_agent.jobs import Done, Job, Source
 from edge_agent.outbox import Damaged, Outbox
 from edge_agent.participation import Effect, Participation, Task
+from edge_agent.sandbox import Sandbox
 from edge_agent.schedule import Schedule, WindowEdge
 from edge_agent.sensors import Sensors
-from edge_agent.store import Kept, Store
+from edge_agent.store import Kept, KeptJob, Store
 from shared import chunks, identity, logs, wire
 from shared.control import ControlRequest
 from shared.driver import Driver, Mailbox, on_termination, read_clock
@@ -113,6 +114,9 @@ class Service:
             outbox_bytes=config.device.outbox_bytes,
         )
         self.mailbox: Mailbox[ServiceEvent] = Mailbox()
+        self._sandbox = Sandbox.open(
+            os.environ, config.device.proc_root, config.device.sys_root, config.trainer.memory_max
+        )
         self._threads = config.trainer.threads or max(1, len(os.sched_getaffinity(0)) - 1)
         self._trainer = Trainer(
             self.mailbox.post,
@@ -121,7 +125,9 @@ class Service:
                 threads=self._threads,
                 memory_max=config.trainer.memory_max,
                 nice=config.trainer.nice,
+                idle=config.trainer.scheduling == "idle",
             ),
+            self._sandbox,
         )
         self._job_pid: int | None = None
         self._session = os.urandom(8)
@@ -156,6 +162,8 @@ class Service:
         self._missed: set[tuple[str, int]] = set()
         """Tasks, with the manifest's version, whose owner was told that their data set is not here."""
         self._link_cause = "connecting"
+        self._stopping = False
+        """A signal asked the daemon to end, and it does once the trainer has left its work."""
         self._ending = threading.Event()
         """Set by `stop`, for an owner thread that waits for the disk."""
         self._daily_at = now.mono
@@ -181,7 +189,8 @@ class Service:
                 self._drop_update(delivery.DropUpdate(found, "task_forgotten"))
             else:
                 updates.append(found)
-        for effect in self._participation.restore(tasks, updates, now):
+        jobs = [_left(each) for each in self._store.jobs()]
+        for effect in self._participation.restore(tasks, updates, now, jobs):
             assert not list(self.perform(effect))
 
     def run(self) -> None:
@@ -278,8 +287,12 @@ class Service:
                 self._schedule.plan(now)
                 return self._participation.handle(core.Wake(), now)
             case Stop():
-                self._driver.stop()
-                return []
+                if self._stopping:
+                    self._driver.stop()  # asked twice: at once
+                    return []
+                self._stopping = True
+                self._manager.stopping()
+                return self._participation.handle(core.Leave(), now)
             case _:
                 return self._participation.handle(event, now)
 
@@ -410,6 +423,10 @@ class Service:
                 self._store.keep_worked(update.task, update.position)
             case core.ForgetTask():
                 self._store.forget(effect.task)
+            case core.KeepJob(job=job):
+                self._store.keep_job(
+                    KeptJob(1, job.id, job.task, list(job.position), job.release, job.context, job.seed)
+                )
             case _:
                 pass
 
@@ -431,8 +448,33 @@ class Service:
             case core.Sense():
                 facts = self._sensors.read(self._now(), self._trainer.pid, effect.working, effect.trained)
                 yield core.Sensed(facts)
+            case core.KeepJob():
+                pass
+            case core.DropJob(id=job_id):
+                self._store.drop_job(job_id)
             case core.Train():
                 yield from self._train(effect)
+            case core.FreezeTraining():
+                self._trainer.freeze()
+                told = [obstacle.text for obstacle in effect.obstacles]
+                tell(Event.TRAINING_FROZEN, task=effect.task, round=effect.round, obstacles=told)
+            case core.ThawTraining():
+                self._trainer.thaw()
+                tell(Event.TRAINING_THAWED, task=effect.task, round=effect.round, seconds=round(effect.seconds, 1))
+            case core.LeaveTraining():
+                self._trainer.suspend(effect.id)
+                tell(
+                    Event.TRAINING_LEAVING,
+                    task=effect.task,
+                    round=effect.round,
+                    why=effect.why,
+                    obstacles=[obstacle.text for obstacle in effect.obstacles] or None,
+                )
+            case core.TrainingLeft():
+                self._counts["training_left"] += 1
+                tell(Event.TRAINING_LEFT, task=effect.task, round=effect.round, checkpoint=effect.kept)
+            case core.Left():
+                self._driver.stop()
             case core.StopTraining():
                 if effect.kill:
                     self._trainer.stop(kill=True)
@@ -555,6 +597,8 @@ class Service:
             context=effect.context,
             output=str(self._outbox.body(effect.id)),
             threads=self._threads,
+            checkpoint=str(self._store.checkpoint(effect.id)),
+            checkpoint_every=self._config.trainer.checkpoint,
         )
         fresh = self._trainer.pid is None
         try:
@@ -564,7 +608,13 @@ class Service:
             return
         if fresh:
             tell(Event.TRAINER_STARTED, pid=self._job_pid)
-        tell(Event.TRAINING_STARTED, task=manifest.task, round=offer.round, release=effect.release.number)
+        tell(
+            Event.TRAINING_STARTED,
+            task=manifest.task,
+            round=offer.round,
+            release=effect.release.number,
+            again=effect.again or None,
+        )
 
     def _training_finished(self, effect: core.TrainingFinished) -> None:
         done = effect.done
@@ -708,7 +758,9 @@ class Service:
         if coming is not None:
             newest += f", fetching {coming[0]} ({100 * coming[1] // coming[2]} %)"
         if part.work is not None:
-            doing = f"training {part.work.task} round {part.work.offer.round}"
+            doing = f"{part.work.state} {part.work.task} round {part.work.round}"
+            if part.work.state != "training" and part.obstacles:
+                doing += ": " + "; ".join(obstacle.text for obstacle in part.obstacles)
         elif part.eligible:
             doing = "ready"
         else:
@@ -718,7 +770,7 @@ class Service:
     def _state(self) -> str:
         part = self._participation
         if part.work is not None:
-            return "training"
+            return part.work.state
         if part.eligible:
             return "ready"
         return "waiting" if part.obstacles else "settling"
@@ -753,10 +805,12 @@ class Service:
             if part.work is None
             else {
                 "task": part.work.task,
-                "round": part.work.offer.round,
+                "round": part.work.round,
+                "state": part.work.state,
                 "epoch": part.progress.epoch if part.progress is not None else 0,
                 "step": part.progress.step if part.progress is not None else 0,
             },
+            "left": {name: job.position[1] for name, job in sorted(part.left.items())},
             "download": _download(part.downloads),
             "coming": {
                 name: {"release": number, "retry": None if until is None else round(max(0.0, until - now.mono), 1)}
@@ -802,6 +856,11 @@ def restored(kept: Kept, trust: Trust, now: float) -> Task | None:
         task.release = wire.unpack(kept.release.payload, Release)
         task.manifest_signed, task.manifest = kept.manifest, manifest
     return task
+
+
+def _left(kept: KeptJob) -> core.LeftJob:
+    position = (kept.position[0], kept.position[1])
+    return core.LeftJob(kept.id, kept.task, position, kept.release, kept.context, kept.seed)
 
 
 def _shown(task: Task, datasets: frozenset[str]) -> dict[str, object]:

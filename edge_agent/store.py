@@ -4,6 +4,8 @@ One folder a task. Graphs, weights and signed records are files named by their s
 positions, is written last and replaced whole. So a crash at any point leaves the old state or the new one, never half.
 The weights of the release before stay until the next one: a rollback most often wants them.
 
+What a job is lies in `jobs/<id>` and its checkpoint in `jobs/<id>.checkpoint`, until it is done or dropped.
+
 Weights that come in chunks are gathered in `spool/<task>.<sha256>` and move to their place when they are whole; they
 are never in memory. Every method that writes raises StorageError when the disk refuses, and may be called again.
 """
@@ -23,7 +25,7 @@ from msgspec import Meta, structs
 from shared import wire
 from shared.errors import ConfigError, RemoteProtocolError, StorageError
 from shared.files import write_durably
-from shared.messages import BlobRef, Digest, First, Release, ReleaseMessage, Signed, TaskManifest, Uint, Wire
+from shared.messages import BlobRef, Digest, First, Name, Release, ReleaseMessage, Signed, TaskManifest, Uint, Wire
 from shared.spool import Spool
 from shared.topics import is_name
 from shared.trust import Position
@@ -35,6 +37,7 @@ _FORGOTTEN = 30 * 86_400
 """Seconds after which a download that was not gone on with is nothing any more: its task is not offered."""
 _READ = 1 << 20
 """Bytes read at a time."""
+_JOB = "^[0-9a-f]{32}$"
 
 
 class Rank(Wire, frozen=True):
@@ -59,6 +62,18 @@ class TaskState(Wire, frozen=True):
     worked: Annotated[list[Uint], Meta(min_length=2, max_length=2)] = msgspec.field(default_factory=lambda: [0, 0])
 
 
+class KeptJob(Wire, frozen=True):
+    """A job that has begun, as stored: edge_agent.participation.LeftJob."""
+
+    v: First
+    id: Annotated[str, Meta(pattern=_JOB)]
+    task: Name
+    position: Annotated[list[Uint], Meta(min_length=2, max_length=2)]
+    release: Digest
+    context: Annotated[bytes, Meta(min_length=1, max_length=4096)]
+    seed: Uint
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """A task read back: None where nothing (or nothing whole) is stored; positions hold even then."""
@@ -78,8 +93,9 @@ class Store:
     def __init__(self, directory: Path) -> None:
         """Open or create it; ConfigError if that cannot be done."""
         self._tasks, self._spools, self.outbox = directory / "tasks", directory / "spool", directory / "outbox"
+        self._jobs = directory / "jobs"
         try:
-            for folder in (directory, self._tasks, self._spools, self.outbox):
+            for folder in (directory, self._tasks, self._spools, self.outbox, self._jobs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(str(directory), "device.state_dir", f"cannot be used: {error.strerror}") from None
@@ -140,6 +156,38 @@ class Store:
         self._states.pop(task, None)
         shutil.rmtree(folder, ignore_errors=True)
         self._discard_spools(task)
+
+    # -- jobs --
+
+    def keep_job(self, job: KeptJob) -> None:
+        """Remember what a job is before it begins."""
+        with _guarded(self._jobs):
+            write_durably(self._jobs / job.id, wire.pack(job))
+
+    def drop_job(self, id: str) -> None:
+        """Forget a job and its checkpoint."""
+        for path in (self._jobs / id, self.checkpoint(id)):
+            with contextlib.suppress(OSError):  # it is tried again at the next start
+                path.unlink(missing_ok=True)
+
+    def checkpoint(self, id: str) -> Path:
+        """Where the trainer keeps this job's checkpoint."""
+        return self._jobs / f"{id}.checkpoint"
+
+    def jobs(self) -> list[KeptJob]:
+        """The jobs that were begun and never dropped, newest first; what belongs to none of them is deleted."""
+        found: list[tuple[int, KeptJob]] = []
+        with contextlib.suppress(OSError):
+            for path in self._jobs.iterdir():
+                with contextlib.suppress(RemoteProtocolError, OSError):
+                    if path.suffix != ".checkpoint":
+                        job = wire.unpack(path.read_bytes(), KeptJob, _STATE_MAX)
+                        found += [(path.stat().st_mtime_ns, job)] if job.id == path.name else []
+            known = {name for _, job in found for name in (job.id, self.checkpoint(job.id).name)}
+            for path in list(self._jobs.iterdir()):
+                if path.name not in known:
+                    path.unlink()
+        return [job for _, job in sorted(found, key=lambda each: each[0], reverse=True)]
 
     # -- weights in chunks --
 

@@ -1,23 +1,21 @@
-"""Trains one job after another in a process of its own: `python -m edge_agent.trainer`, started by edge_agent.child.
+"""Trains one job after another in a process of its own, which edge_agent.confined shut in.
 
 `train` is the pure part: graphs, weights, examples and a seed in, delta and metrics out, the same on every run on the
 same machine. Around it: jobs come on stdin and answers go to stdout, in frames; all else that anything prints goes to
 stderr. A job that cannot be done is answered with Failed and the next one is taken; an error of ours ends the process.
-A job that is cancelled ends before its next batch or phase, as one that cannot be done. A thread only reads stdin; all
-else happens on the main thread.
+A job that is cancelled ends before its next batch or phase, as one that cannot be done; one that is suspended leaves a
+checkpoint there, from which the same job goes on later as if nothing had been. A thread only reads stdin; all else
+happens on the main thread.
 
 This process never holds a key of the device, opens no socket, and checks graphs, weights and data itself.
 """
 
-import argparse
 import contextlib
-import ctypes
 import hashlib
+import itertools
 import os
 import queue
 import re
-import resource
-import signal
 import sys
 import threading
 import time
@@ -25,27 +23,28 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, assert_never, cast
+from typing import IO, Protocol, assert_never, cast
 
+import msgspec
 import numpy as np
 import torch
 
-from edge_agent import data, jobs
+from edge_agent import checkpoint, data, jobs
+from edge_agent.checkpoint import Checkpoint, Place, State
 from edge_agent.data import Examples
 from edge_agent.interpreter import Interpreter
-from edge_agent.jobs import Cancel, Done, Failed, Job, Progress, Said
-from shared import codec, graph, sealing, tensors
+from edge_agent.jobs import Cancel, Done, Failed, Job, Progress, Said, Suspend, Suspended
+from shared import codec, graph, sealing, tensors, wire
 from shared.codec import Delta
 from shared.errors import Reason, RemoteProtocolError, TrainingError
 from shared.files import write_durably
 from shared.layout import FLOATING, size, size_bytes
 from shared.messages import Adam, DataContract, Metric, PlainBody, Sgd, TensorSpec, Training
 
-State = dict[str, torch.Tensor]
 Told = Callable[[int, int, float], None]
 """Called with (epoch, step, mean loss of the epoch so far), both counted from 1; at an epoch's end and now and then."""
 Check = Callable[[], None]
-"""Called before every batch and every phase; what it raises ends the job there."""
+"""Called before every batch and every phase; what it raises, such as Leave, ends the job there."""
 
 TELL_EVERY = 1.0
 """Seconds between two reports inside an epoch, at least."""
@@ -53,8 +52,19 @@ TELL_EVERY = 1.0
 _HEADER_MAX = 16 << 20
 """Bytes that a weights file may have beside the weights."""
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NO_NEW_PRIVS = 38
+
+class Leave(Exception):
+    """The job is to be left here and gone on with later: raised by a Check."""
+
+
+class Keeper(Protocol):
+    """Keeps checkpoints of one job."""
+
+    def due(self) -> bool:
+        """Whether the time since the last one asks for another."""
+
+    def keep(self, place: Place, weights: State, optimizer: torch.optim.Optimizer, order: torch.Tensor) -> None:
+        """Write one; torch's own generator is read here too."""
 
 
 def unchecked() -> None:
@@ -133,23 +143,30 @@ class Model:
         seed: int,
         told: Told | None = None,
         check: Check = unchecked,
+        keeper: Keeper | None = None,
+        left: Checkpoint | None = None,
     ) -> Trained:
         """One round: judge `weights` on the `held` examples, then train a copy of them on those to `fit`.
 
         Batches come from a seeded permutation of each epoch; a last batch of one example is left out when it is not
         the only one, as normalisation cannot train on it. Random operators draw from torch's generator, seeded alike.
+        From `left`, a checkpoint of the same work, it goes on where that was written. What `check` raises goes through;
+        if that is Leave between two batches, `keeper` has a checkpoint.
         TrainingError: `data` when there is nothing to train on, `unsupported`, `graph`, `not_finite`, `out_of_memory`.
         """
         if not len(fit):
             raise TrainingError("data", f"nothing to train on: {len(held)} examples, all in the hold-out")
         if (training.epochs > 0) == (training.steps > 0):
             raise TrainingError("unsupported", f"{training.epochs} epochs and {training.steps} steps: set exactly one")
-        metrics = self.evaluate(weights, held, metric, training.batch_size, check)
-        state = {name: tensor.clone() for name, tensor in weights.items()}
+        if left is None:
+            metrics = self.evaluate(weights, held, metric, training.batch_size, check)
+            state = {name: tensor.clone() for name, tensor in weights.items()}
+        else:
+            metrics, state = left.place.metrics, left.weights
         parameters = [state[spec.name] for spec in self.layout if spec.kind == "parameter" and spec.dtype in FLOATING]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        step, loss = self._fit(state, parameters, fit, training, seed, told, check)
+        step, loss = self._fit(state, parameters, fit, training, seed, metrics, told, check, keeper, left)
         delta = self._delta(state, weights)
         if delta is None:
             raise TrainingError("not_finite", f"the weights are not finite after {step} steps; a lower rate may help")
@@ -177,19 +194,40 @@ class Model:
         examples: Examples,
         training: Training,
         seed: int,
+        metrics: dict[str, float],
         told: Told | None,
         check: Check,
+        keeper: Keeper | None,
+        left: Checkpoint | None,
     ) -> tuple[int, float]:
         arrays = [torch.from_numpy(a) for a in examples.arrays]
-        order = torch.Generator().manual_seed(seed)
+        sampler = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         optimizer = _optimizer(training.optimizer, parameters)
-        step, epoch, last, mean = 0, 0, time.monotonic(), 0.0
+        step, epoch, done, total, mean, last = 0, 0, 0, 0.0, 0.0, time.monotonic()
+        if left is not None:
+            checkpoint.restore_optimizer(optimizer, left.optimizer)
+            sampler.set_state(left.order)
+            torch.set_rng_state(left.generator)
+            # The epoch in hand is begun again, and the batches of it that are done are passed over.
+            step, epoch, done, total = left.place.step, left.place.epoch - 1, left.place.batch, left.place.loss_sum
+        order = sampler.get_state()
+
+        def keep() -> None:
+            if keeper is not None:
+                place = Place(v=1, key=bytes(32), epoch=epoch, batch=count, step=step, loss_sum=total, metrics=metrics)
+                keeper.keep(place, state, optimizer, order)
+
         while epoch < training.epochs or step < training.steps:
             epoch += 1
-            total, count = 0.0, 0
-            for rows in _batches(len(examples), training.batch_size, order):
-                check()
+            order, count, skip = sampler.get_state(), done, done
+            total, done = total if skip else 0.0, 0
+            for rows in itertools.islice(_batches(len(examples), training.batch_size, sampler), skip, None):
+                try:
+                    check()
+                except Leave:
+                    keep()
+                    raise
                 optimizer.zero_grad()
                 (loss,) = _run(self._train, state, [array[rows] for array in arrays])
                 _backward(loss)
@@ -204,6 +242,9 @@ class Model:
                     told(epoch, step, mean)
                 if step == training.steps:
                     break
+                if keeper is not None and keeper.due():
+                    keep()
+            mean = total / count if count else mean
             if told is not None:
                 told(epoch, step, mean)
         return step, mean
@@ -281,15 +322,18 @@ Stamp = tuple[tuple[str, int, int], ...]
 class Worker:
     """Does jobs; keeps the last model and data set, as the next job is most often of the same task."""
 
-    def __init__(self, say: Callable[[Progress | Done | Failed], None]) -> None:
+    def __init__(self, say: Callable[[jobs.Word], None]) -> None:
         self._say = say
         self._model: tuple[object, Model] | None = None
         self._examples: tuple[object, tuple[Examples, Examples]] | None = None
 
     def do(self, job: Job, check: Check = unchecked) -> None:
-        """Say Progress as it goes, and at the end Done or Failed, also of what `check` raises."""
+        """Say Progress as it goes, and at the end Done, Failed or Suspended, also of what `check` raises."""
         try:
             done = self._done(job, check)
+        except Leave:
+            kept = job.checkpoint is not None and Path(job.checkpoint).exists()
+            self._say(Suspended(job.id, kept))
         except TrainingError as error:
             self._say(_failed(job, error.reason, error.detail))
         except MemoryError as error:
@@ -308,14 +352,21 @@ class Worker:
         check()
         fit, held = self._load_examples(job)
         check()
-        self._say(Progress(job.id, "evaluating"))
         training = job.training
+        keeper = left = None
+        if job.checkpoint is not None:
+            keeper = _Checkpoints(job, self._examples_key(job), wall, cpu)
+            left = keeper.read(weights)
+        if left is None:
+            self._say(Progress(job.id, "evaluating"))
 
         def told(epoch: int, step: int, loss: float) -> None:
             place = (epoch, training.epochs, step, training.steps)
             self._say(Progress(job.id, "training", *place, loss if np.isfinite(loss) else None))
 
-        trained = model.train(weights, fit, held, training, job.metric, job.seed, told, check)
+        trained = model.train(weights, fit, held, training, job.metric, job.seed, told, check, keeper, left)
+        # All that is left is soon done, so it is not left here.
+        check = _cancelled(check)
         check()
         self._say(Progress(job.id, "sealing"))
         delta, norm = clipped(trained.delta, job.clip)
@@ -338,8 +389,8 @@ class Worker:
             trained.metrics,
             trained.loss,
             norm,
-            time.monotonic() - wall,
-            time.process_time() - cpu,
+            time.monotonic() - wall + (left.place.seconds if left is not None else 0.0),
+            time.process_time() - cpu + (left.place.cpu_seconds if left is not None else 0.0),
             _peak_rss(),
         )
 
@@ -355,12 +406,63 @@ class Worker:
                 raise TrainingError("graph", str(error)) from None
         return self._model[1]
 
+    def _examples_key(self, job: Job) -> object:
+        return (_stamp(data.files(job.source), "data"), job.source, job.data, job.training.holdout)
+
     def _load_examples(self, job: Job) -> tuple[Examples, Examples]:
-        key = (_stamp(data.files(job.source), "data"), job.source, job.data, job.training.holdout)
+        key = self._examples_key(job)
         if self._examples is None or self._examples[0] != key:
             self._examples = None
             self._examples = key, data.load(job.source, job.data).split(job.training.holdout)
         return self._examples[1]
+
+
+class _Checkpoints:
+    """The Keeper of one job: a file at the place that the job names."""
+
+    def __init__(self, job: Job, examples: object, wall: float, cpu: float) -> None:
+        assert job.checkpoint is not None
+        self._path, self._every = Path(job.checkpoint), job.checkpoint_every
+        self._began, self._spent, self._last = (wall, cpu), (0.0, 0.0), time.monotonic()
+        # The data's time of change is in it: training does not go on with other examples.
+        work = (job.id, job.seed, job.opset, job.layout, job.training, job.data, job.metric, repr(examples))
+        self._key = hashlib.sha256(wire.pack(work)).digest()
+
+    def read(self, weights: State) -> Checkpoint | None:
+        """What an earlier process left; a file that is of no use is removed, and that said."""
+        found = checkpoint.read(self._path, self._key, weights)
+        if found is not None:
+            self._spent = (found.place.seconds, found.place.cpu_seconds)
+        elif self._path.exists():
+            print("the checkpoint is damaged or of other data: training begins anew", file=sys.stderr)  # noqa: T201
+            self._path.unlink(missing_ok=True)
+        return found
+
+    def due(self) -> bool:
+        """See Keeper."""
+        return self._every > 0 and time.monotonic() - self._last >= self._every
+
+    def keep(self, place: Place, weights: State, optimizer: torch.optim.Optimizer, order: torch.Tensor) -> None:
+        """See Keeper. A disk that refuses costs the checkpoint and not the job."""
+        seconds = self._spent[0] + time.monotonic() - self._began[0]
+        cpu_seconds = self._spent[1] + time.process_time() - self._began[1]
+        place = msgspec.structs.replace(place, key=self._key, seconds=seconds, cpu_seconds=cpu_seconds)
+        state = checkpoint.optimizer_state(optimizer)
+        try:
+            checkpoint.write(self._path, Checkpoint(place, weights, state, torch.get_rng_state(), order))
+        except TrainingError as error:
+            print(f"no checkpoint: {error.detail}", file=sys.stderr)  # noqa: T201
+        self._last = time.monotonic()
+
+
+def _cancelled(check: Check) -> Check:
+    """`check` without its Leave."""
+
+    def checked() -> None:
+        with contextlib.suppress(Leave):
+            check()
+
+    return checked
 
 
 def _weights(job: Job) -> State:
@@ -410,7 +512,7 @@ def _failed(job: Job, reason: str, detail: str) -> Failed:
 # -- the process -------------------------------------------------------------------------------------------------
 
 
-Arrived = Job | Cancel | Exception | None
+Arrived = Job | Cancel | Suspend | Exception | None
 """What came on stdin; last of all the error that ended it, or None for its proper end."""
 
 
@@ -418,10 +520,11 @@ Arrived = Job | Cancel | Exception | None
 class _Unfinished:
     job: Job
     cancelled: bool = False
+    suspended: bool = False
 
 
 class Inbox:
-    """Jobs in the order they came. A cancel marks the unfinished job it names; one for any other job is forgotten."""
+    """Jobs in the order they came. Cancel and Suspend mark the unfinished job they name, and others are forgotten."""
 
     def __init__(self, arrived: queue.SimpleQueue[Arrived]) -> None:
         self._arrived = arrived
@@ -442,20 +545,23 @@ class Inbox:
                 raise error
 
     def check(self) -> None:
-        """TrainingError("cancelled") if the job that next() gave is no longer wanted."""
+        """TrainingError("cancelled") if the job that next() gave is no longer wanted, Leave if it is not wanted now."""
         while not self._arrived.empty():
             self._take(self._arrived.get())
         if self._current is not None and self._current.cancelled:
             raise TrainingError("cancelled", "no longer wanted")
+        if self._current is not None and self._current.suspended:
+            raise Leave
 
     def _take(self, arrived: Arrived) -> None:
         match arrived:
             case Job():
                 self._waiting.append(_Unfinished(arrived))
-            case Cancel(id=id):
+            case Cancel(id=id) | Suspend(id=id):
                 for each in (self._current, *self._waiting):
                     if isinstance(each, _Unfinished) and each.job.id == id:
-                        each.cancelled = True
+                        each.cancelled = each.cancelled or isinstance(arrived, Cancel)
+                        each.suspended = each.suspended or isinstance(arrived, Suspend)
             case last:
                 self._waiting.append(last)
 
@@ -470,18 +576,11 @@ def _read_orders(stream: IO[bytes], arrived: queue.SimpleQueue[Arrived]) -> None
         arrived.put(None)
 
 
-def main() -> None:
-    """Serve jobs until stdin ends; the exit status is 0 then, 1 with a traceback on stderr after an error of ours."""
-    options = argparse.ArgumentParser(prog="trainer", description="Started by edge-agent, not by hand.")
-    options.add_argument("--parent", type=int, required=True, help="process id; without it the trainer ends")
-    options.add_argument("--memory-max", type=int, default=0, help="bytes of private memory, 0 for any")
-    options.add_argument("--nice", type=int, default=0, help="added to the scheduling priority")
-    given = options.parse_args()
-    if not _confine(given.parent, given.memory_max, given.nice):
-        return
+def serve() -> None:
+    """Do jobs until stdin ends, and exit with 0; an error of ours goes through. edge_agent.confined has shut us in."""
     orders, answers = _take_pipes()
 
-    def say(message: Progress | Done | Failed) -> None:
+    def say(message: jobs.Word) -> None:
         answers.write(jobs.frame(Said(message)))
         answers.flush()
 
@@ -496,23 +595,6 @@ def main() -> None:
     os._exit(0)
 
 
-def _confine(parent: int, memory_max: int, nice: int) -> bool:
-    """Die with the parent, and stay within limits; False if the parent is gone already."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if os.getppid() != parent:
-        return False
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold data
-    if memory_max:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_max, memory_max))
-    os.nice(nice)
-    with contextlib.suppress(OSError):
-        # Short of memory, the kernel should end this process and not the agent.
-        Path("/proc/self/oom_score_adj").write_text("500")
-    return True
-
-
 def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
     """(orders, answers): private copies of stdin and stdout, which then lead nowhere and to stderr."""
     orders, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -521,7 +603,3 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
     os.close(nowhere)
     os.dup2(2, 1)
     return orders, answers
-
-
-if __name__ == "__main__":
-    main()

@@ -14,9 +14,10 @@ import torch
 
 from aggregator.release import Description
 from edge_agent import data
+from edge_agent.checkpoint import State
 from edge_agent.interpreter import Interpreter
 from edge_agent.jobs import Source
-from edge_agent.trainer import Model, State, load_state
+from edge_agent.trainer import Model, load_state
 from examples.digits.data import DIGITS
 from examples.digits.processes import DemoError
 from shared import graph

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from edge_agent import jobs
-from edge_agent.jobs import Cancel, Done, Job, Said
+from edge_agent.jobs import Done, Job, Said
 from shared import sealing
 from shared.files import write_durably
 from shared.layout import dimension
@@ -50,11 +50,11 @@ def do(job: Job) -> Done:
 
 
 def main() -> None:
-    """Until stdin ends. A cancel comes too late for work that takes no time."""
+    """Until stdin ends. To cancel or to suspend comes too late for work that takes no time."""
     orders, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while (order := jobs.read_order(orders)) is not None:
-        if not isinstance(order, Cancel):
+        if isinstance(order, Job):
             answers.write(jobs.frame(Said(do(order))))
             answers.flush()
 

@@ -50,7 +50,7 @@ from edge_agent import participation
 from edge_agent.child import TrainerExited, TrainerSaid
 from edge_agent.config import Data
 from edge_agent.eligibility import DeviceFacts, Policy
-from edge_agent.jobs import Done, Failed, Job
+from edge_agent.jobs import Done, Failed, Job, Suspended
 from shared import codec, sealing
 from shared.control import ControlRequest
 from shared.errors import ConfigError, StorageError
@@ -371,6 +371,8 @@ class FakeTrainer:
         self._device, self._post, self._world = device, post, device.world
         self.pid: int | None = None
         self._job: Job | None = None
+        self._frozen = False
+        self._ripe: Job | None = None
         self._pids = iter(range(100, 1 << 30))
 
     def submit(self, job: Job) -> int:
@@ -387,6 +389,24 @@ class FakeTrainer:
             self._say(Failed(id, "cancelled", "no longer wanted"))
             self._job = None
 
+    def suspend(self, id: str) -> None:
+        """Leave a job, to be gone on with."""
+        if self._job is not None and self._job.id == id:
+            self._say(Suspended(id, True))
+            self._job = None
+        self.thaw()
+
+    def freeze(self) -> None:
+        """Stand still."""
+        self._frozen = True
+
+    def thaw(self) -> None:
+        """Go on; what would have been done meanwhile is done now."""
+        self._frozen = False
+        if self._ripe is not None:
+            ripe, self._ripe = self._ripe, None
+            self._world.at(0.5, lambda: self._finish(ripe))
+
     def stop(self, kill: bool = False) -> None:
         """End the child."""
         self._exit("stopped")
@@ -398,11 +418,15 @@ class FakeTrainer:
     def _exit(self, cause: Any) -> None:
         if self.pid is not None:
             pid, self.pid, self._job = self.pid, None, None
+            self._frozen, self._ripe = False, None
             self._world.at(0.1, lambda: self._hand(TrainerExited(pid, cause, 0, None)))
 
     def _finish(self, job: Job) -> None:
         device = self._device
         if self._job is not job or device.service is None or device.service._trainer is not self:
+            return
+        if self._frozen:
+            self._ripe = job
             return
         if self._world.chance(device.clumsy):
             self._world.dice.choice((lambda: self._exit("crashed"), lambda: self._fail(job)))()
@@ -427,7 +451,7 @@ class FakeTrainer:
         self._job = None
         self._say(Failed(job.id, "out_of_memory", "there was none"))
 
-    def _say(self, message: Done | Failed) -> None:
+    def _say(self, message: Done | Failed | Suspended) -> None:
         assert self.pid is not None
         self._hand(TrainerSaid(self.pid, message))
 

@@ -20,7 +20,7 @@ from tests.hostile.daemon import LEASH
 ROOT = Path(__file__).parents[2]
 DEVICES, ROUNDS = 4, 6
 INTERRUPTED = "demo: interrupted; all of its processes have ended\n"
-DAEMONS = {"mosquitto": 1, "aggregator": 1, "edge-agent": 2, "edge_agent.trainer": 2}
+DAEMONS = {"mosquitto": 1, "aggregator": 1, "edge-agent": 2, "edge_agent.confined": 2}
 
 pytestmark = [
     pytest.mark.system,

@@ -71,7 +71,7 @@ def test_a_new_device(tmp_path: Path) -> None:
     """The folders are made, for nobody else to read, and nothing is known."""
     store = Store(tmp_path / "state")
     assert store.load() == []
-    assert {path.name for path in (tmp_path / "state").iterdir()} == {"tasks", "spool", "outbox"}
+    assert {path.name for path in (tmp_path / "state").iterdir()} == {"tasks", "spool", "outbox", "jobs"}
     assert (tmp_path / "state" / "tasks").stat().st_mode & 0o077 == 0
 
 

@@ -1,6 +1,7 @@
 """edge_agent.child: the real trainer in a real process, however it ends."""
 
 import contextlib
+import ctypes
 import io
 import os
 import queue
@@ -20,7 +21,7 @@ from torch import nn
 from aggregator import export
 from edge_agent import child, jobs
 from edge_agent.child import Event, Settings, Trainer, TrainerExited, TrainerSaid, TrainerWrote
-from edge_agent.jobs import Cancel, Done, Failed, Job, Order, Progress, Source
+from edge_agent.jobs import Cancel, Done, Failed, Job, Order, Progress, Source, Suspended
 from shared import sealing
 from shared.errors import Reason, RemoteProtocolError, TrainingError
 from shared.messages import DataContract, Sgd, TensorContract, TensorSpec, Training
@@ -97,11 +98,11 @@ class Owner:
             self.wrote.append(event.line)
         return event
 
-    def result(self) -> Done | Failed | TrainerExited:
+    def result(self) -> Done | Failed | Suspended | TrainerExited:
         """The last word on a job."""
         while True:
             match self.next():
-                case TrainerSaid(message=Done() | Failed() as message):
+                case TrainerSaid(message=Done() | Failed() | Suspended() as message):
                     return message
                 case TrainerExited() as event:
                     return event
@@ -212,6 +213,36 @@ def test_freeze_and_thaw(warm: Owner, job: Job) -> None:
     warm.trainer.thaw()
     assert not warm.trainer.frozen
     assert isinstance(warm.result(), Done) and warm.trainer.pid == pid
+
+
+def test_suspended_in_training(warm: Owner, job: Job, tmp_path: Path) -> None:
+    """A job that is left in the middle has a checkpoint, even if the child stood still; it is warm for the next."""
+    left = msgspec.structs.replace(endless(job), id="left", checkpoint=str(tmp_path / "checkpoint"))
+    pid = warm.trainer.submit(left)
+    warm.training()
+    warm.trainer.freeze()
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+    warm.trainer.suspend("nobody")
+    warm.trainer.freeze()
+    warm.trainer.suspend(left.id)
+    assert warm.result() == Suspended("left", True) and (tmp_path / "checkpoint").stat().st_size > 1000
+    warm.trainer.submit(job)
+    assert isinstance(warm.result(), Done) and warm.trainer.pid == pid
+
+
+def test_it_comes_last(job: Job) -> None:
+    """A trainer that is to be idle has the kernel's idle classes for CPU and disk, in all its threads."""
+    modest = Owner(Settings(idle=True))
+    try:
+        pid = modest.trainer.submit(job)
+        assert isinstance(modest.result(), Done)
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            assert os.sched_getscheduler(int(thread.name)) == os.SCHED_IDLE
+        found = ctypes.CDLL(None).syscall({"x86_64": 252, "aarch64": 31}[os.uname().machine], 1, pid)
+        assert found >> 13 == 3
+    finally:
+        modest.trainer.stop(kill=True)
+        modest.exited()
 
 
 def test_cancelled_in_training(warm: Owner, job: Job) -> None:
@@ -454,7 +485,7 @@ def test_frame_cut_short(job: Job, cut: int) -> None:
 @contextlib.contextmanager
 def bare() -> Iterator[subprocess.Popen[bytes]]:
     """The trainer without its agent's side."""
-    command = [sys.executable, "-m", "edge_agent.trainer", f"--parent={os.getpid()}"]
+    command = [sys.executable, "-m", "edge_agent.confined", f"--parent={os.getpid()}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             yield process

@@ -15,7 +15,7 @@ from msgspec import structs
 from edge_agent import delivery, download
 from edge_agent import participation as core
 from edge_agent.eligibility import DeviceFacts, Policy
-from edge_agent.jobs import Done, Failed, Progress
+from edge_agent.jobs import Done, Failed, Progress, Suspended
 from edge_agent.participation import Effect, Participation
 from shared import chunks, signing, wire
 from shared.errors import Reason, RemoteProtocolError
@@ -126,7 +126,7 @@ def test_a_release_and_an_offer_lead_to_training() -> None:
     """Both are stored first; the job is bound to this very offer."""
     bench = Bench()
     effects = bench.begin()
-    assert kinds(effects) == ["KeepOffer", "Train"]
+    assert kinds(effects) == ["KeepOffer", "KeepJob", "Train"]
     (train,) = [each for each in effects if isinstance(each, core.Train)]
     context = wire.unpack(train.context, UpdateContext)
     assert (context.device, context.round, context.dimension) == ("sensor-1", 1, 6)
@@ -138,7 +138,7 @@ def test_an_offer_may_come_before_its_release() -> None:
     bench = Bench()
     bench.tell(core.Connected(), Tick())
     assert kinds(bench.offer()) == []
-    assert kinds(bench.tell(core.ReleaseArrived("points", MESSAGE))) == ["KeepRelease", "KeepOffer", "Train"]
+    assert kinds(bench.tell(core.ReleaseArrived("points", MESSAGE))) == ["KeepRelease", "KeepOffer", "KeepJob", "Train"]
 
 
 def test_releases_that_are_refused() -> None:
@@ -217,7 +217,7 @@ def test_positions_survive_a_restart() -> None:
     old = core.OfferArrived("points", RECORDS.sign_offer(RECORDS.offer(MESSAGE, number=1)))
     assert again.refused(old) is Reason.ROLLBACK
     again.tell(core.Connected(), Tick())
-    assert kinds(again.offer(number=2)) == ["KeepOffer", "Train"]
+    assert kinds(again.offer(number=2)) == ["KeepOffer", "KeepJob", "Train"]
 
 
 def test_a_device_follows_so_many_tasks_and_no_more() -> None:
@@ -258,7 +258,7 @@ def test_it_trains_when_a_re_issue_selects_it() -> None:
     """Participation was raised because others went away."""
     bench = Bench()
     bench.begin(participation=0)
-    assert kinds(bench.offer(sequence=1)) == ["KeepOffer", "Train"]
+    assert kinds(bench.offer(sequence=1)) == ["KeepOffer", "KeepJob", "Train"]
 
 
 def test_no_data_no_training() -> None:
@@ -303,15 +303,193 @@ def test_nothing_starts_before_the_device_has_settled() -> None:
 
 
 def test_unplugged_in_the_middle() -> None:
-    """Training stops with the reason, and is done over when power is back, if the round is still open."""
+    """The trainer stands still with the reason, and goes on when power is back in time: nothing is lost."""
+    bench = Bench()
+    bench.begin()
+    work = bench.machine.work
+    assert work is not None
+    before = work.deadline
+    bench.facts = changed(FACTS, mains=False)
+    (frozen,) = [each for each in bench.after(6) if isinstance(each, core.FreezeTraining)]
+    assert [obstacle.name.value for obstacle in frozen.obstacles] == ["mains"] and work.state == "frozen"
+    assert "FreezeTraining" not in kinds(bench.after(60))
+    bench.facts = FACTS
+    (thawed,) = [each for each in bench.after(31) if isinstance(each, core.ThawTraining)]
+    assert 60 <= thawed.seconds <= 91 and work.state == "training" and bench.machine.work is work
+    assert work.deadline == before + thawed.seconds  # it had no time to use
+    bench.done()
+    assert "SendUpdate" in kinds(bench.effects)
+
+
+def leave(bench: Bench, kept: bool = True) -> list[Effect]:
+    """The trainer has left its work."""
+    assert bench.machine.work is not None
+    return bench.tell(core.TrainerTold(Suspended(bench.machine.work.id, kept)))
+
+
+def test_unplugged_for_long() -> None:
+    """After the grace the job is left with a checkpoint, its memory freed, and the very same job is gone on with."""
+    bench = Bench()
+    (first,) = [each for each in bench.begin() if isinstance(each, core.Train)]
+    bench.facts = changed(FACTS, mains=False)
+    assert "LeaveTraining" not in kinds(bench.after(6 + POLICY.grace - 10))
+    (leaving,) = [each for each in bench.after(15) if isinstance(each, core.LeaveTraining)]
+    assert (leaving.id, leaving.why, len(leaving.obstacles)) == (first.id, "obstacles", 1)
+    assert kinds(leave(bench)) == ["TrainingLeft", "RestTrainer"]
+    assert bench.machine.work is None and bench.machine.last_trained is None
+    bench.facts = FACTS
+    effects = bench.after(31)
+    (again,) = [each for each in effects if isinstance(each, core.Train)]
+    assert (again.id, again.seed, again.context, again.again) == (first.id, first.seed, first.context, True)
+    assert "KeepJob" not in kinds(effects) and not first.again
+    assert "DropJob" in kinds(bench.done())
+
+
+@pytest.mark.parametrize("facts", [{"paused": True}, {"memory_pressure": 50.0}, {"disk_free": 0}])
+def test_what_will_not_soon_be_over(facts: dict[str, Any]) -> None:
+    """The owner's word, and want of memory or room, do not wait for the grace; also when it is frozen already."""
+    bench = Bench()
+    bench.begin()
+    bench.facts = changed(FACTS, **facts)
+    effects = bench.after(16)
+    assert "LeaveTraining" in kinds(effects) and "FreezeTraining" not in kinds(effects)
+    frozen = Bench()
+    frozen.begin()
+    frozen.facts = changed(FACTS, mains=False)
+    assert "FreezeTraining" in kinds(frozen.after(6))
+    frozen.facts = changed(FACTS, mains=False, **facts)
+    assert "LeaveTraining" in kinds(frozen.after(16))
+
+
+def test_grace_of_none() -> None:
+    """An owner who wants the memory back at once has it."""
+    bench = Bench()
+    bench.machine = dataclasses.replace(bench.machine, policy=changed(POLICY, grace=0.0))
+    bench.begin()
+    bench.facts = changed(FACTS, mains=False)
+    effects = kinds(bench.after(6))
+    assert "LeaveTraining" in effects and "FreezeTraining" not in effects
+
+
+def test_about_to_go_on() -> None:
+    """When all is well again just before the grace is over, the device settles first, and nothing is left."""
+    bench = Bench()
+    bench.machine = dataclasses.replace(bench.machine, policy=changed(POLICY, settle=60.0))
+    bench.begin()
+    bench.after(61)
+    assert bench.machine.work is not None
+    bench.facts = changed(FACTS, mains=False)
+    bench.after(6 + POLICY.grace - 20)
+    assert bench.machine.work.state == "frozen"
+    bench.facts = FACTS
+    effects = kinds(bench.after(90))
+    assert "ThawTraining" in effects and "LeaveTraining" not in effects
+
+
+def test_a_trainer_that_does_not_leave() -> None:
+    """It is killed, and an older checkpoint may still help: the same job is begun again."""
+    bench = Bench()
+    (first,) = [each for each in bench.begin() if isinstance(each, core.Train)]
+    bench.facts = changed(FACTS, paused=True)
+    bench.after(6)
+    effects = bench.after(core.LEAVING + 1)
+    (stop,) = [each for each in effects if isinstance(each, core.StopTraining)]
+    assert stop.kill and stop.why == "leaving" and "TrainingFailed" not in kinds(effects)
+    bench.facts = FACTS
+    assert [each.id for each in bench.after(31) if isinstance(each, core.Train)] == [first.id]
+
+
+def test_a_trainer_that_dies_while_it_leaves() -> None:
+    """That is no failure of the training."""
+    bench = Bench()
+    bench.begin()
+    bench.facts = changed(FACTS, paused=True)
+    bench.after(6)
+    assert kinds(bench.tell(core.TrainerGone("killed", "signal 9"))) == ["TrainingLeft", "RestTrainer"]
+
+
+def test_done_in_the_last_moment() -> None:
+    """A trainer that was at its end when it was asked to leave has done its work."""
+    bench = Bench()
+    bench.begin()
+    bench.facts = changed(FACTS, paused=True)
+    bench.after(6)
+    assert "SendUpdate" in kinds(bench.done()) and bench.machine.left == {}
+
+
+def test_a_job_that_was_left_and_its_round_is_over() -> None:
+    """The next round is trained from its own release, and the checkpoint is dropped."""
+    for offer in ({"sequence": 1, "state": OfferState.CLOSED}, {"number": 2}):
+        bench = Bench()
+        (first,) = [each for each in bench.begin() if isinstance(each, core.Train)]
+        bench.facts = changed(FACTS, paused=True)
+        bench.after(6)
+        leave(bench)
+        dropped = [each.id for each in bench.offer(**offer) if isinstance(each, core.DropJob)]
+        assert dropped == [first.id] and bench.machine.left == {}
+
+
+def test_a_frozen_job_and_its_round_is_over() -> None:
+    """It ends without running on, which the device has no room for."""
     bench = Bench()
     bench.begin()
     bench.facts = changed(FACTS, mains=False)
-    effects = bench.after(6)
-    stop = next(each for each in effects if isinstance(each, core.StopTraining))
-    assert [obstacle.name.value for obstacle in stop.obstacles] == ["mains"]
-    bench.facts = FACTS
-    assert "Train" in kinds(bench.after(31))
+    bench.after(6)
+    effects = bench.offer(number=2)
+    (stop,) = [each for each in effects if isinstance(each, core.StopTraining)]
+    assert stop.kill and "DropJob" in kinds(effects)
+    assert bench.machine.work is None
+
+
+def test_a_failed_job_is_begun_anew() -> None:
+    """What went wrong may lie in the checkpoint."""
+    bench = Bench()
+    (first,) = [each for each in bench.begin() if isinstance(each, core.Train)]
+    effects = bench.tell(core.TrainerTold(Failed(first.id, "not_finite", "nan")))
+    assert kinds(effects) == ["TrainingFailed", "DropJob"]
+    (second,) = [each for each in bench.after(core.RETRY_FIRST + 1) if isinstance(each, core.Train)]
+    assert second.id != first.id and not second.again
+
+
+def test_the_daemon_ends_in_the_middle() -> None:
+    """It leaves its work first and begins nothing; the next process goes on with the very same job."""
+    bench = Bench()
+    effects = bench.begin()
+    (job,) = [each.job for each in effects if isinstance(each, core.KeepJob)]
+    effects = bench.tell(core.Leave())
+    assert kinds(effects) == ["LeaveTraining"] and bench.tell(core.Leave()) == []
+    assert kinds(leave(bench)) == ["TrainingLeft", "RestTrainer", "Left"]
+    assert "Train" not in kinds(bench.offer(sequence=1)) + kinds(bench.after(100))
+    again = Bench()
+    task = bench.machine.tasks["points"]
+    task = replace(task, offer=None, waiting_offer=None)
+    assert again.machine.restore([task], [], NOW, [job, replace(job, id="older")]) == [core.DropJob("older")]
+    again.tell(core.Connected(), Tick())
+    (train,) = [each for each in again.offer(sequence=1) if isinstance(each, core.Train)]
+    assert (train.id, train.seed, train.context, train.again) == (job.id, job.seed, job.context, True)
+
+
+def test_the_daemon_ends_at_rest() -> None:
+    """Nothing keeps it."""
+    assert kinds(Bench().tell(core.Leave())) == ["Left"]
+
+
+def test_jobs_that_no_longer_count() -> None:
+    """Of a task that is gone, of an older manifest, expired, or done already: dropped at the start."""
+    bench = Bench()
+    (job,) = [each.job for each in bench.begin() if isinstance(each, core.KeepJob)]
+    task = bench.machine.tasks["points"]
+    assert task.manifest is not None
+    cases: list[tuple[dict[str, Any], Instant, tuple[int, int]]] = [
+        ({"task": "gone"}, NOW, (0, 0)),
+        ({"position": (2, 1)}, NOW, (0, 0)),
+        ({}, replace(NOW, utc=float(task.manifest.expires)), (0, 0)),
+        ({}, NOW, (1, 1)),
+    ]
+    for changes, moment, settled in cases:
+        tasks = [replace(task, settled=settled)]
+        assert Bench().machine.restore(tasks, [], moment, [replace(job, **changes)]) == [core.DropJob(job.id)]
+    assert Bench().machine.restore([replace(task)], [], NOW, [job]) == []
 
 
 def test_the_publishers_conditions_hold_while_it_trains() -> None:
@@ -321,7 +499,10 @@ def test_the_publishers_conditions_hold_while_it_trains() -> None:
     message = RECORDS.message(RECORDS.manifest(conditions=Conditions(mains=True)))
     assert "Train" in kinds(bench.begin(message))
     bench.facts = changed(FACTS, mains=False)
-    assert "StopTraining" in kinds(bench.after(6))
+    assert "FreezeTraining" in kinds(bench.after(6))
+    bench.after(POLICY.grace)
+    leave(bench)
+    bench.after(100)
     assert bench.machine.work is None
 
 
@@ -647,7 +828,7 @@ def test_a_release_in_chunks_is_accepted_when_whole() -> None:
     assert "Train" not in kinds(bench.offer(message, number=2))
     assert bench.machine.tasks["points"].release_position == Position((1, 0), signing.digest(MESSAGE.release))
     assert kinds(bench.tell(core.ReleaseArrived("points", message))) == []
-    assert kinds(fetch(bench)) == ["KeepRelease", "Train"]
+    assert kinds(fetch(bench)) == ["KeepRelease", "KeepJob", "Train"]
     assert bench.tell(core.ReleaseArrived("points", message)) == []
 
 
@@ -660,7 +841,7 @@ def test_a_first_release_in_chunks() -> None:
     bench.offer(message)
     bench.tell(core.ReleaseArrived("points", message))
     assert bench.machine.tasks == {}
-    assert kinds(fetch(bench))[:3] == ["KeepRelease", "KeepOffer", "Train"]
+    assert kinds(fetch(bench))[:4] == ["KeepRelease", "KeepOffer", "KeepJob", "Train"]
 
 
 def test_releases_in_chunks_that_are_refused() -> None:

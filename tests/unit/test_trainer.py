@@ -1,9 +1,11 @@
 """edge_agent.trainer: training is PyTorch's own bit for bit, and every failure of a job has a typed reason."""
 
+import os
 import queue
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,9 +14,10 @@ import torch
 from torch import nn
 
 from aggregator import export
-from edge_agent import trainer
+from edge_agent import checkpoint, trainer
+from edge_agent.checkpoint import State
 from edge_agent.data import Examples
-from edge_agent.jobs import Cancel, Done, Failed, Job, Progress, Source
+from edge_agent.jobs import Cancel, Done, Failed, Job, Progress, Source, Suspended, Word
 from edge_agent.trainer import Arrived, Inbox, Model, Worker
 from shared import codec, sealing, tensors
 from shared.errors import Reason, RemoteProtocolError, TrainingError
@@ -48,7 +51,7 @@ class Published:
     model: Model
     contract: DataContract
 
-    def state(self) -> trainer.State:
+    def state(self) -> State:
         """The release's weights."""
         return trainer.load_state(self.exported.weights, self.exported.layout)
 
@@ -298,10 +301,10 @@ class Warm:
     """A worker that remembers what it said."""
 
     def __init__(self) -> None:
-        self.said: list[Progress | Done | Failed] = []
+        self.said: list[Word] = []
         self.worker = Worker(self.said.append)
 
-    def do(self, job: Job, check: trainer.Check = trainer.unchecked) -> Done | Failed:
+    def do(self, job: Job, check: trainer.Check = trainer.unchecked) -> Done | Failed | Suspended:
         """The last word on a job."""
         self.said.clear()
         self.worker.do(job, check)
@@ -311,7 +314,7 @@ class Warm:
         return last
 
 
-def do(job: Job) -> Done | Failed:
+def do(job: Job) -> Done | Failed | Suspended:
     """The last word of a new worker on a job."""
     return Warm().do(job)
 
@@ -493,3 +496,162 @@ def test_the_end_comes_after_the_jobs(job: tuple[Job, bytes]) -> None:
     given.check()
     with pytest.raises(RemoteProtocolError):
         given.next()
+
+
+# -- left and gone on with
+
+
+class Interruption:
+    """A Check that leaves at its `at`-th call."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise trainer.Leave
+
+
+def delta_of(order: Job, private: bytes, done: object) -> np.ndarray[Any, Any]:
+    """What a finished job's sealed body holds."""
+    assert isinstance(done, Done)
+    _, encoded = sealing.open_sealed(private, done.encapsulation, Path(order.output).read_bytes(), order.context)
+    return codec.decode("fp32", encoded, [size(spec) for spec in order.layout if spec.dtype == "float32"])
+
+
+def interruptible(job: tuple[Job, bytes], tmp_path: Path, training: Training) -> tuple[Job, bytes]:
+    """The job with a place for its checkpoint."""
+    order, private = job
+    return msgspec.structs.replace(order, training=training, checkpoint=str(tmp_path / "checkpoint")), private
+
+
+HARD = [
+    Training(Sgd(0.1, momentum=0.9), batch_size=16, epochs=3),
+    Training(Adam(0.01), batch_size=16, epochs=3, gradient_clip=1.0),
+    Training(Adam(0.01), batch_size=50, steps=7),
+    Training(Sgd(0.1), batch_size=97, epochs=2),
+]
+
+
+@pytest.mark.parametrize("training", HARD, ids=["momentum", "adam", "steps", "odd"])
+def test_interrupted_anywhere_it_is_the_same(job: tuple[Job, bytes], tmp_path: Path, training: Training) -> None:
+    """Left before any phase or batch and gone on with by another process, the weights are equal to the last bit."""
+    order, private = interruptible(job, tmp_path, training)
+    expected, whole = delta_of(order, private, do(order)), 0
+    for at in range(1, 100):
+        warm = Warm()
+        said = warm.do(order, Interruption(at))
+        if isinstance(said, Done):
+            break
+        whole += 1
+        assert isinstance(said, Suspended)
+        # What else this process does in between must not show.
+        torch.manual_seed(at)
+        torch.rand(at)
+        done = do(order)
+        assert np.array_equal(delta_of(order, private, done), expected)
+        assert isinstance(done, Done) and done.metrics and done.steps == whole_steps(training)
+        Path(str(order.checkpoint)).unlink(missing_ok=True)
+    assert whole > whole_steps(training)
+
+
+def whole_steps(training: Training) -> int:
+    """Batches of a whole round on the blobs' examples; a single last example is left out."""
+    fit, _ = blobs(120).split(training.holdout)
+    count = len(fit)
+    full, rest = divmod(count, training.batch_size)
+    return training.steps or training.epochs * (full + (rest > 1 or full == 0))
+
+
+def test_interrupted_again_and_again(job: tuple[Job, bytes], tmp_path: Path) -> None:
+    """A device that is free for one batch at a time gets there as well, with the same result."""
+    order, private = interruptible(job, tmp_path, HARD[1])
+    expected = delta_of(order, private, do(order))
+    for _ in range(100):
+        done = Warm().do(order, Interruption(8))
+        if isinstance(done, Done):
+            break
+        assert done == Suspended(order.id, Path(str(order.checkpoint)).exists())
+    assert np.array_equal(delta_of(order, private, done), expected)
+
+
+def test_power_fails(job: tuple[Job, bytes], tmp_path: Path) -> None:
+    """Checkpoints are written on the way, so that a process that just ends costs little."""
+    order, private = interruptible(job, tmp_path, HARD[0])
+    order = msgspec.structs.replace(order, checkpoint_every=1e-9)
+    expected = delta_of(order, private, do(order))
+    Path(str(order.checkpoint)).unlink()
+
+    class Gone(Exception):
+        pass
+
+    calls = iter(range(100))
+
+    def gone() -> None:
+        if next(calls) == 15:
+            raise Gone
+
+    with pytest.raises(Gone):
+        Warm().worker.do(order, gone)
+    kept = checkpoint.read(Path(str(order.checkpoint)), place_key(order), initial(order))
+    assert kept is not None and kept.place.step > 3 and kept.place.seconds > 0
+    assert np.array_equal(delta_of(order, private, do(order)), expected)
+
+
+def initial(order: Job) -> State:
+    """The weights that a job starts from."""
+    return trainer.load_state(Path(order.weights).read_bytes(), order.layout)
+
+
+def place_key(order: Job) -> bytes:
+    """The key of a job's checkpoints."""
+    return trainer._Checkpoints(order, Warm().worker._examples_key(order), 0.0, 0.0)._key
+
+
+def test_other_work_does_not_go_on_from_it(job: tuple[Job, bytes], tmp_path: Path) -> None:
+    """Examples that changed, another seed or another rate: it is begun anew, and the checkpoint is gone."""
+    order, _ = interruptible(job, tmp_path, HARD[0])
+    place = Path(str(order.checkpoint))
+    Warm().do(order, Interruption(9))
+    kept = place.read_bytes()
+    os.utime(order.source.path, ns=(1, 1))
+    for other in (
+        order,
+        msgspec.structs.replace(order, seed=SEED + 1),
+        msgspec.structs.replace(order, id="other"),
+        msgspec.structs.replace(order, training=HARD[1]),
+    ):
+        place.write_bytes(kept)
+        warm = Warm()
+        assert isinstance(warm.do(other, Interruption(5)), Suspended)
+        assert not place.exists() and Progress(other.id, "evaluating") in warm.said
+        os.utime(order.source.path, ns=(2, 2))
+
+
+def test_damaged_checkpoints(job: tuple[Job, bytes], tmp_path: Path) -> None:
+    """Cut anywhere or with any byte changed, it is as good as none."""
+    order, private = interruptible(job, tmp_path, HARD[1])
+    place = Path(str(order.checkpoint))
+    Warm().do(order, Interruption(12))
+    whole, key, weights = place.read_bytes(), place_key(order), initial(order)
+    assert checkpoint.read(place, key, weights) is not None
+    for cut in (0, 1, 31, 32, 35, 36, 100, len(whole) - 1):
+        place.write_bytes(whole[:cut])
+        assert checkpoint.read(place, key, weights) is None
+    for at in (0, 31, 33, 60, len(whole) // 2, len(whole) - 1):
+        place.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert checkpoint.read(place, key, weights) is None
+    place.write_bytes(whole)
+    assert checkpoint.read(place, bytes(32), weights) is None
+    assert checkpoint.read(place, key, {name: tensor.double() for name, tensor in weights.items()}) is None
+    place.write_bytes(b"junk")
+    assert np.array_equal(delta_of(order, private, do(order)), delta_of(order, private, do(order)))
+
+
+def test_no_room_for_a_checkpoint(job: tuple[Job, bytes], tmp_path: Path) -> None:
+    """The work is left all the same, and said to have none."""
+    order, _ = interruptible(job, tmp_path, HARD[0])
+    order = msgspec.structs.replace(order, checkpoint=str(tmp_path / "nowhere" / "checkpoint"))
+    assert Warm().do(order, Interruption(9)) == Suspended(order.id, False)
+    assert isinstance(do(msgspec.structs.replace(order, checkpoint_every=1e-9)), Done)

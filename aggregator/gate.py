@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 from msgspec import UNSET
 
-from shared.messages import Gate, Metric, Metrics, Plan
-
-_RISING: frozenset[Metric] = frozenset({"accuracy", "binary_accuracy"})
-"""The metrics that are better when higher, and shares of one; the others are errors."""
+from shared.messages import RISING, Gate, Metric, Metrics, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ def clearly_worse(gate: Gate, metric: Metric, parent: Record, found: Record) -> 
     before, now = parent.metrics.get(metric), found.metrics.get(metric)
     if before is None or now is None:
         return False
-    if metric in _RISING:
+    if metric in RISING:
         return before - now > gate.drop
     # Of nothing, or of what can be negative, there is no multiple.
     return before > 0 and now > gate.ratio * before
@@ -45,4 +42,4 @@ def reached(plan: Plan, metric: Metric, found: Record) -> bool:
     value = found.metrics.get(metric)
     if plan.until is UNSET or value is None or found.reports < plan.min_updates:
         return False
-    return value >= plan.until if metric in _RISING else value <= plan.until
+    return value >= plan.until if metric in RISING else value <= plan.until

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Final, Literal
 
 from edge_agent import jobs
-from edge_agent.jobs import Cancel, Job, Order, Suspend, Word
+from edge_agent.jobs import Cancel, Job, Judge, Order, Suspend, Word
 from edge_agent.sandbox import Sandbox
 from shared.errors import RemoteProtocolError, TrainingError
 
@@ -106,7 +106,7 @@ class Trainer:
             self._child = _Child(self._post, self._settings, self._sandbox)
         return self._child.pid
 
-    def submit(self, job: Job) -> int:
+    def submit(self, job: Job | Judge) -> int:
         """Queue a job, starting a child if need be, and give the process id of the child that has it.
 
         If that child has just ended, its TrainerExited is the answer. TrainingError("trainer") if none can start.

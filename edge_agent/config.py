@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_agent.eligibility import Bytes, Policy, Seconds
+from edge_agent.quality import Quality
 from shared import config
 from shared.chunks import INLINE_MAX
 from shared.config import BrokerSection, LogSection, ReadableFile, Section
@@ -45,6 +46,8 @@ class Device(Section, frozen=True):
     """Updates that wait for the aggregator's answer at most; the oldest makes room."""
     outbox_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40)] = 256 << 20
     """Bytes of their bodies together, the newest apart: the disk is the owner's."""
+    models: Path | None = None
+    """Where programs on this device find the newest good model of each task; by default models/ in state_dir."""
     sys_root: Path = Path("/sys")
     proc_root: Path = Path("/proc")
     """Where power, temperature, pressure and memory are read; other roots are for tests and demonstrations."""
@@ -105,6 +108,7 @@ class AgentConfig(Section, frozen=True):
     trust: Trust = Trust()
     policy: Policy = Policy()
     trainer: Trainer = Trainer()
+    local: Quality = Quality()
     data: Annotated[dict[Name, Data], Meta(max_length=256)] = msgspec.field(default_factory=dict)
     """Data sets by the name that tasks use; a device without the set of a task takes no part in it."""
     log: LogSection = LogSection()

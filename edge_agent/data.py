@@ -81,7 +81,8 @@ def load(source: Source, contract: DataContract) -> Examples:
     size = 0
     for path in files(source):
         try:
-            arrays = _npz(path, contract, BYTES_MAX - size) if source.kind == "npz" else _csv(path, contract)
+            wanted = [*contract.inputs, contract.target]
+            arrays = _npz(path, wanted, BYTES_MAX - size) if source.kind == "npz" else _csv(path, wanted)
         except OSError as error:
             raise _bad(path, error.strerror or "cannot be read") from None
         parts.append(arrays)
@@ -94,15 +95,28 @@ def load(source: Source, contract: DataContract) -> Examples:
     return Examples(joined)
 
 
+def inputs(path: Path, kind: str, contract: DataContract) -> list[Array]:
+    """The inputs alone of one file, to predict from: as `load`, but a target need not be there and is not looked at.
+
+    A .csv file has the inputs' columns, and may have the target's after them.
+    """
+    try:
+        if kind == "npz":
+            return list(_npz(path, contract.inputs, BYTES_MAX))
+        return list(_csv(path, contract.inputs, math.prod(contract.target.shape)))
+    except OSError as error:
+        raise _bad(path, error.strerror or "cannot be read") from None
+
+
 # -- .npz --------------------------------------------------------------------------------------------------------
 
 
-def _npz(path: Path, contract: DataContract, budget: int) -> tuple[Array, ...]:
+def _npz(path: Path, wanted: Sequence[TensorContract], budget: int) -> tuple[Array, ...]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
             arrays = []
-            for tensor in _tensors(contract):
+            for tensor in wanted:
                 info = members.get(f"{tensor.name}.npy")
                 if info is None:
                     raise _bad(path, f"has no array {tensor.name!r}")
@@ -113,9 +127,9 @@ def _npz(path: Path, contract: DataContract, budget: int) -> tuple[Array, ...]:
         # RuntimeError: a member is encrypted; ValueError: numpy's word for a header that is none.
         raise _bad(path, f"not a sound .npz file ({type(error).__name__})") from None
     count = len(arrays[0])
-    for tensor, values in zip(_tensors(contract), arrays, strict=True):
+    for tensor, values in zip(wanted, arrays, strict=True):
         if len(values) != count:
-            raise _bad(path, f"{tensor.name} has {len(values)} rows, {contract.inputs[0].name} has {count}")
+            raise _bad(path, f"{tensor.name} has {len(values)} rows, {wanted[0].name} has {count}")
         if broken := _broken(tensor, values):
             row, what = broken
             raise _bad(path, f"{tensor.name}[{row}]: {what}")
@@ -154,18 +168,18 @@ def _npy(path: Path, member: IO[bytes], tensor: TensorContract, budget: int) -> 
 # -- .csv --------------------------------------------------------------------------------------------------------
 
 
-def _csv(path: Path, contract: DataContract) -> tuple[Array, ...]:
+def _csv(path: Path, tensors: Sequence[TensorContract], more: int = 0) -> tuple[Array, ...]:
+    """The columns of `tensors`; after them every line may have `more`, which are passed over."""
     if path.stat().st_size > BYTES_MAX:
         raise _bad(path, f"larger than {BYTES_MAX} bytes")
-    tensors = _tensors(contract)
     widths = [math.prod(tensor.shape) for tensor in tensors]
     width = sum(widths)
     values, lines = array("d"), array("Q")
     for line, fields in _lines(path):
-        if len(fields) != width:
+        if len(fields) not in (width, width + more):
             raise _bad(path, f"line {line}: {len(fields)} columns, the task asks for {width}")
         try:
-            values.extend(map(float, fields))
+            values.extend(map(float, fields[:width]))
         except ValueError:
             raise _bad(path, f"line {line}: a field is not a number") from None
         lines.append(line)
@@ -222,10 +236,6 @@ def _unfit(tensor: TensorContract, block: npt.NDArray[np.float64]) -> tuple[int,
 
 
 # -- both --------------------------------------------------------------------------------------------------------
-
-
-def _tensors(contract: DataContract) -> list[TensorContract]:
-    return [*contract.inputs, contract.target]
 
 
 def _broken(tensor: TensorContract, values: Array) -> tuple[int, str] | None:

@@ -75,6 +75,25 @@ class Job(Wire, frozen=True, tag="job"):
     """Seconds between two checkpoints; 0: only when it is suspended."""
 
 
+class Judge(Wire, frozen=True, tag="judge"):
+    """Judge a release's weights on this device's hold-out, and beside them those in use, if there are any."""
+
+    id: Label
+    opset: Positive
+    layout: Annotated[list[TensorSpec], Meta(min_length=1, max_length=10_000)]
+    train_graph: Path
+    eval_graph: Path
+    weights: Path
+    before: Path | None
+    """Weights of the same layout."""
+    data: DataContract
+    source: Source
+    metric: Metric
+    holdout: Annotated[float, Meta(ge=0.0, lt=1.0)]
+    batch_size: Positive
+    threads: Annotated[int, Meta(ge=1, le=1024)] = 1
+
+
 class Cancel(Wire, frozen=True, tag="cancel"):
     """The job with this id, if it is not finished, is not wanted any more: Failed("cancelled") is soon its answer.
 
@@ -96,7 +115,7 @@ class Suspend(Wire, frozen=True, tag="suspend"):
 class Order(Wire, frozen=True):
     """A frame to the trainer. The end of the stream means: finish and exit."""
 
-    message: Job | Cancel | Suspend
+    message: Job | Judge | Cancel | Suspend
 
 
 class Progress(Wire, frozen=True, tag="progress"):
@@ -151,7 +170,18 @@ class Suspended(Wire, frozen=True, tag="suspended"):
     """Whether there is a checkpoint."""
 
 
-Word = Progress | Done | Failed | Suspended
+class Judged(Wire, frozen=True, tag="judged"):
+    """How good weights are on this device's hold-out: metrics by name."""
+
+    id: Label
+    examples: Uint
+    """In the hold-out."""
+    metrics: Metrics
+    before: Metrics
+    """Of the weights in use; empty if there are none."""
+
+
+Word = Progress | Done | Failed | Suspended | Judged
 
 
 class Said(Wire, frozen=True):
@@ -175,7 +205,7 @@ def frame(message: Order | Said) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def read_order(stream: Readable) -> Job | Cancel | Suspend | None:
+def read_order(stream: Readable) -> Job | Judge | Cancel | Suspend | None:
     """The next order, or None at the end of the stream; RemoteProtocolError for anything else."""
     body = _read(stream, ORDER_MAX)
     return None if body is None else wire.unpack(body, Order, ORDER_MAX).message

@@ -12,10 +12,13 @@ What breaks while it trains freezes the job where that may soon be over, for `gr
 left with a checkpoint and the child ends, so that its memory is free. A job that was left is gone on with when the
 device is eligible again, also after a reboot, as long as its round is open.
 
+An accepted release becomes the model in use on this device at once, or, where its owner asks for it, after the trainer
+has judged it on the local hold-out and found it not clearly worse than the one in use.
+
 It must never touch a socket, a disk, a clock or a private key: the shell signs heads and keeps files.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import assert_never
@@ -25,7 +28,8 @@ from edge_agent.delivery import Delivery, DropUpdate, Update
 from edge_agent.delivery import Effect as DeliveryEffect
 from edge_agent.download import Coming, Downloads
 from edge_agent.eligibility import PASSING, DeviceFacts, Gatekeeper, Obstacle, Policy, obstacles
-from edge_agent.jobs import Done, Failed, Progress, Suspended, Word
+from edge_agent.jobs import Done, Failed, Judged, Progress, Suspended, Word
+from edge_agent.quality import Quality, refusal
 from shared import chunks, signing, trust, wire
 from shared.errors import Reason, RemoteProtocolError
 from shared.layout import dimension
@@ -295,6 +299,42 @@ class TrainingLeft:
 
 
 @dataclass(frozen=True, slots=True)
+class JudgeRelease:
+    """Have the trainer judge a task's newest release, and the one in use beside it."""
+
+    id: str
+    manifest: TaskManifest
+    release: Release
+
+
+@dataclass(frozen=True, slots=True)
+class StopJudging:
+    """Give that up for now."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class UseRelease:
+    """Make a task's newest release the model in use on this device."""
+
+    manifest: TaskManifest
+    release: Release
+    digest: bytes
+    judged: Judged | None
+    """None: it was not judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseRelease:
+    """The release in use stays: the newer one is clearly worse here."""
+
+    task: str
+    release: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Left:
     """Nothing is trained any more, as `Leave` asked."""
 
@@ -397,6 +437,10 @@ Effect = (
     | ThawTraining
     | LeaveTraining
     | TrainingLeft
+    | JudgeRelease
+    | StopJudging
+    | UseRelease
+    | RefuseRelease
     | Left
     | StopTraining
     | TrainingFailed
@@ -436,6 +480,20 @@ class Task:
     start_at: float = 0.0
     """Monotonic seconds before which this round's training does not start."""
     failures: int = 0
+    used: bytes | None = None
+    """Digest of the release in use on this device."""
+    refused: bytes | None = None
+    """Of the one that was judged and found clearly worse."""
+
+
+@dataclass
+class Judging:
+    """A release that the trainer judges."""
+
+    id: str
+    task: str
+    digest: bytes
+    deadline: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,6 +566,7 @@ class Participation:
     """Bytes up to which a body rides along with its head."""
     outbox_count: int = OUTBOX_COUNT
     outbox_bytes: int = OUTBOX_BYTES
+    quality: Quality = field(default_factory=Quality)
     tasks: dict[str, Task] = field(default_factory=dict)
     connected: bool = False
     obstacles: tuple[Obstacle, ...] = ()
@@ -515,6 +574,7 @@ class Participation:
     work: Work | None = None
     left: dict[str, LeftJob] = field(default_factory=dict)
     """Of each task, the job that was left and may be gone on with."""
+    judging: Judging | None = None
     progress: Progress | None = None
     last_trained: float | None = None
     protocol: Version = 1
@@ -546,9 +606,14 @@ class Participation:
         self.delivery = Delivery(self.device, self.random, self.outbox_count, self.outbox_bytes)
 
     def restore(
-        self, tasks: Iterable[Task], updates: Iterable[Update], now: Instant, jobs: Iterable[LeftJob] = ()
+        self,
+        tasks: Iterable[Task],
+        updates: Iterable[Update],
+        now: Instant,
+        jobs: Iterable[LeftJob] = (),
+        used: Mapping[str, bytes] | None = None,
     ) -> list[Effect]:
-        """Take up what an earlier process stored; before any event."""
+        """Take up what an earlier process stored; before any event. `used`: the release in use of each task."""
         for task in tasks:
             self.tasks[task.name] = task
             for record in (task.manifest, task.release):
@@ -569,6 +634,9 @@ class Participation:
                 self.left[job.task] = job
             else:
                 effects.append(DropJob(job.id))
+        for task in self.tasks.values():
+            task.used = (used or {}).get(task.name)
+            effects += [] if self.quality.asked and task.used is not None else self._use(task)
         return effects
 
     @property
@@ -583,6 +651,7 @@ class Participation:
         if self._gate.deadline is None:
             wanted.append(0.0)
         wanted += [self._next_start] if self.work is None else [self._work_deadline(self.work)]
+        wanted.append(None if self.judging is None else self.judging.deadline)
         wanted += [self._speak_at, self._ask_at] if self.connected else []
         wanted += [self.downloads.deadline, self.delivery.deadline]
         return min((each for each in wanted if each is not None), default=None)
@@ -638,6 +707,8 @@ class Participation:
                 return self._trainer_told(message, now)
             case TrainerGone(cause=cause, detail=detail):
                 self._warm_until = None
+                if self.judging is not None:
+                    return self._judged(self.judging, None)
                 if self.work is None:
                     return []
                 if self.work.left_by is not None:
@@ -646,7 +717,7 @@ class Participation:
             case Leave():
                 self._leaving = True
                 if self.work is None:
-                    return [Left()]
+                    return [*self._stop_judging(), Left()]
                 return self._leave(self.work, "shutdown", now) if self.work.left_by is None else []
             case Tick():
                 return self._tick(now)
@@ -664,6 +735,9 @@ class Participation:
         if self._warm_until is not None and self.work is None and self._warm_until <= now.mono:
             self._warm_until = None
             effects.append(RestTrainer())
+        if self.judging is not None and self.judging.deadline <= now.mono:
+            stop = StopJudging(self.judging.id)
+            effects += [stop, *self._judged(self.judging, None)]
         if self._ask_at is not None and self._ask_at <= now.mono and self.connected:
             self._ask_at = None
             effects.append(AskRecords())
@@ -744,6 +818,9 @@ class Participation:
         self._meet(max(manifest.v, coming.release.v))
         message = coming.message
         effects.append(KeepRelease(name, manifest, coming.release, message, coming.manifest_position, coming.position))
+        if self.judging is not None and self.judging.task == name:
+            effects += self._stop_judging()
+        effects += [] if self.quality.asked and task.used is not None else self._use(task)
         if waiting is not None:
             try:
                 effects += self._offer_arrived(name, waiting, now)
@@ -859,6 +936,7 @@ class Participation:
         # What stands in the way from the start is no change, but its owner should read of it all the same.
         told = changed or (first and bool(self.obstacles))
         effects: list[Effect] = [EligibilityChanged(self.eligible, self.obstacles)] if told else []
+        effects += self._stop_judging() if not self.eligible else []
         if self.work is None or self.work.left_by is not None:
             return effects
         if self.eligible:
@@ -922,6 +1000,10 @@ class Participation:
         self._next_start = None
         if self.work is not None or not self.eligible or self.facts is None or self._leaving:
             return []
+        if self.judging is not None:
+            return []
+        if judge := self._judge(now):
+            return judge
         wanted = [task for _, task in sorted(self.tasks.items()) if self._wants(task)]
         self._next_start = min((task.start_at for task in wanted if task.start_at > now.mono), default=None)
         for task in wanted:
@@ -974,7 +1056,61 @@ class Participation:
         seed = int.from_bytes(self.random(8), "big") >> 1
         return LeftJob(report.hex(), task.name, position, offer.release, context, seed)
 
+    # -- the model in use --
+
+    def _use(self, task: Task, judged: Judged | None = None) -> list[Effect]:
+        """The newest release becomes the model in use on this device, unless it is that already."""
+        if task.manifest is None or task.release is None or task.release_position is None:
+            return []
+        digest = task.release_position.digest
+        if task.used == digest:
+            return []
+        task.used, task.refused = digest, None
+        return [UseRelease(task.manifest, task.release, digest, judged)]
+
+    def _judge(self, now: Instant) -> list[Effect]:
+        """The next release to be judged, if the owner wants that."""
+        if not self.quality.asked:
+            return []
+        for _, task in sorted(self.tasks.items()):
+            manifest, release, position = task.manifest, task.release, task.release_position
+            if manifest is None or release is None or position is None or manifest.opset != OPSET_VERSION:
+                continue
+            if position.digest in (task.used, task.refused) or manifest.data.dataset not in self.datasets:
+                continue
+            id = self.random(16).hex()
+            self.judging = Judging(id, task.name, position.digest, now.mono + self.timeout)
+            self._warm_until = None
+            return [JudgeRelease(id, manifest, release), self._sense()]
+        return []
+
+    def _judged(self, judging: Judging, judged: Judged | None) -> list[Effect]:
+        """The trainer has judged; without a judgement nothing speaks against the newer release."""
+        self.judging = None
+        task = self.tasks.get(judging.task)
+        if task is None or task.release is None or task.release_position is None or task.manifest is None:
+            return []
+        if task.release_position.digest != judging.digest:
+            return []
+        why = None if judged is None else refusal(self.quality, task.manifest.metric, judged)
+        if why is None:
+            return self._use(task, judged)
+        task.refused = judging.digest
+        return [RefuseRelease(task.name, task.release.number, why)]
+
+    def _stop_judging(self) -> list[Effect]:
+        if self.judging is None:
+            return []
+        id, self.judging = self.judging.id, None
+        return [StopJudging(id)]
+
+    # -- what the trainer says --
+
     def _trainer_told(self, message: Word, now: Instant) -> list[Effect]:
+        if self.judging is not None and message.id == self.judging.id:
+            judging = self.judging
+            self._warm_until = now.mono + self.idle_exit
+            return self._judged(judging, message if isinstance(message, Judged) else None)
         work = self.work
         if work is None or message.id != work.id:
             return []  # of a job that was given up meanwhile
@@ -989,6 +1125,8 @@ class Participation:
                 return [*self._done(work, message, now), *self._gone()]
             case Suspended(kept=kept):
                 return self._has_left(work, kept)
+            case Judged():
+                return []  # nobody asked for it under this name
             case Failed(reason=reason, detail=detail):
                 return self._failed(reason, detail, now)
             case _:

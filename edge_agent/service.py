@@ -24,12 +24,13 @@ from edge_agent.child import Settings, Trainer, TrainerExited, TrainerSaid, Trai
 from edge_agent.config import AgentConfig, zone
 from edge_agent.delivery import Delivery, Waiting
 from edge_agent.download import Downloads
-from edge_agent.jobs import Done, Job, Source
+from edge_agent.jobs import Done, Job, Judge, Source
 from edge_agent.outbox import Damaged, Outbox
 from edge_agent.participation import Effect, Participation, Task
 from edge_agent.sandbox import Sandbox
 from edge_agent.schedule import Schedule, WindowEdge
 from edge_agent.sensors import Sensors
+from edge_agent.shelf import Model, Shelf
 from edge_agent.store import Kept, KeptJob, Store
 from shared import chunks, identity, logs, wire
 from shared.control import ControlRequest
@@ -112,7 +113,9 @@ class Service:
             inline_max=config.broker.inline_max,
             outbox_count=config.device.outbox_updates,
             outbox_bytes=config.device.outbox_bytes,
+            quality=config.local,
         )
+        self._shelf = Shelf(config.device.models or config.device.state_dir / "models", config.local.public)
         self.mailbox: Mailbox[ServiceEvent] = Mailbox()
         self._sandbox = Sandbox.open(
             os.environ, config.device.proc_root, config.device.sys_root, config.trainer.memory_max
@@ -190,7 +193,8 @@ class Service:
             else:
                 updates.append(found)
         jobs = [_left(each) for each in self._store.jobs()]
-        for effect in self._participation.restore(tasks, updates, now, jobs):
+        used = {model.task: model.digest for model in self._shelf.models()}
+        for effect in self._participation.restore(tasks, updates, now, jobs, used):
             assert not list(self.perform(effect))
 
     def run(self) -> None:
@@ -423,6 +427,7 @@ class Service:
                 self._store.keep_worked(update.task, update.position)
             case core.ForgetTask():
                 self._store.forget(effect.task)
+                self._shelf.drop(effect.task)
             case core.KeepJob(job=job):
                 self._store.keep_job(
                     KeptJob(1, job.id, job.task, list(job.position), job.release, job.context, job.seed)
@@ -473,6 +478,17 @@ class Service:
             case core.TrainingLeft():
                 self._counts["training_left"] += 1
                 tell(Event.TRAINING_LEFT, task=effect.task, round=effect.round, checkpoint=effect.kept)
+            case core.JudgeRelease():
+                yield from self._judge(effect)
+            case core.StopJudging(id=job_id):
+                self._trainer.cancel(job_id)
+                self._trainer.stop()
+                self._job_pid = None
+            case core.UseRelease():
+                self._use(effect)
+            case core.RefuseRelease():
+                self._counts["models_refused"] += 1
+                tell(Event.MODEL_REFUSED, task=effect.task, release=effect.release, why=effect.why)
             case core.Left():
                 self._driver.stop()
             case core.StopTraining():
@@ -615,6 +631,46 @@ class Service:
             release=effect.release.number,
             again=effect.again or None,
         )
+
+    def _judge(self, effect: core.JudgeRelease) -> Iterable[core.Event]:
+        manifest = effect.manifest
+        source = self._config.data[manifest.data.dataset]
+        train, evaluate, weights = self._store.files(manifest.task, manifest, effect.release)
+        before = self._shelf.weights(manifest)
+        job = Judge(
+            id=effect.id,
+            opset=manifest.opset,
+            layout=manifest.layout,
+            train_graph=str(train),
+            eval_graph=str(evaluate),
+            weights=str(weights),
+            before=None if before is None else str(before),
+            data=manifest.data,
+            source=Source(kind=source.format, path=str(source.path)),
+            metric=manifest.metric,
+            holdout=manifest.training.holdout,
+            batch_size=manifest.training.batch_size,
+            threads=self._threads,
+        )
+        try:
+            self._job_pid = self._trainer.submit(job)
+        except TrainingError as error:
+            yield core.TrainerGone(error.reason, error.detail)
+
+    def _use(self, effect: core.UseRelease) -> None:
+        """Put the release where programs find it; a disk that refuses costs them the newer model, and is told."""
+        manifest, release, judged = effect.manifest, effect.release, effect.judged
+        _, evaluate, weights = self._store.files(manifest.task, manifest, release)
+        metrics, examples = ({}, 0) if judged is None else (judged.metrics, judged.examples)
+        since = int(self._now().utc)
+        model = Model(manifest.task, manifest.version, release.number, effect.digest, metrics, examples, since)
+        try:
+            self._shelf.put(model, manifest, evaluate, weights)
+        except StorageError as error:
+            tell(Event.STORAGE_FAILED, path=error.path, detail=error.detail)
+            return
+        shown = {f"metric_{name}": value for name, value in metrics.items()}
+        tell(Event.MODEL_USED, task=manifest.task, version=manifest.version, release=release.number, **shown)
 
     def _training_finished(self, effect: core.TrainingFinished) -> None:
         done = effect.done

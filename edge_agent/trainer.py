@@ -33,7 +33,7 @@ from edge_agent import checkpoint, data, jobs
 from edge_agent.checkpoint import Checkpoint, Place, State
 from edge_agent.data import Examples
 from edge_agent.interpreter import Interpreter
-from edge_agent.jobs import Cancel, Done, Failed, Job, Progress, Said, Suspend, Suspended
+from edge_agent.jobs import Cancel, Done, Failed, Job, Judge, Judged, Progress, Said, Suspend, Suspended
 from shared import codec, graph, sealing, tensors, wire
 from shared.codec import Delta
 from shared.errors import Reason, RemoteProtocolError, TrainingError
@@ -327,12 +327,12 @@ class Worker:
         self._model: tuple[object, Model] | None = None
         self._examples: tuple[object, tuple[Examples, Examples]] | None = None
 
-    def do(self, job: Job, check: Check = unchecked) -> None:
+    def do(self, job: Job | Judge, check: Check = unchecked) -> None:
         """Say Progress as it goes, and at the end Done, Failed or Suspended, also of what `check` raises."""
         try:
-            done = self._done(job, check)
+            done = self._done(job, check) if isinstance(job, Job) else self._judged(job, check)
         except Leave:
-            kept = job.checkpoint is not None and Path(job.checkpoint).exists()
+            kept = isinstance(job, Job) and job.checkpoint is not None and Path(job.checkpoint).exists()
             self._say(Suspended(job.id, kept))
         except TrainingError as error:
             self._say(_failed(job, error.reason, error.detail))
@@ -348,7 +348,7 @@ class Worker:
         self._say(Progress(job.id, "loading"))
         model = self._load_model(job)
         check()
-        weights = _weights(job)
+        weights = _weights(job.weights, job.layout)
         check()
         fit, held = self._load_examples(job)
         check()
@@ -394,7 +394,17 @@ class Worker:
             _peak_rss(),
         )
 
-    def _load_model(self, job: Job) -> Model:
+    def _judged(self, job: Judge, check: Check) -> Judged:
+        torch.set_num_threads(job.threads)
+        model = self._load_model(job)
+        _, held = self._load_examples(job)
+        found = [
+            model.evaluate(_weights(path, job.layout), held, job.metric, job.batch_size, check) if path else {}
+            for path in (job.weights, job.before)
+        ]
+        return Judged(job.id, len(held), found[0], found[1])
+
+    def _load_model(self, job: Job | Judge) -> Model:
         paths = [Path(job.train_graph), Path(job.eval_graph)]
         key = (_stamp(paths, "graph"), job.opset, job.layout, job.data)
         if self._model is None or self._model[0] != key:
@@ -406,14 +416,16 @@ class Worker:
                 raise TrainingError("graph", str(error)) from None
         return self._model[1]
 
-    def _examples_key(self, job: Job) -> object:
-        return (_stamp(data.files(job.source), "data"), job.source, job.data, job.training.holdout)
+    def _examples_key(self, job: Job | Judge) -> object:
+        holdout = job.training.holdout if isinstance(job, Job) else job.holdout
+        return (_stamp(data.files(job.source), "data"), job.source, job.data, holdout)
 
-    def _load_examples(self, job: Job) -> tuple[Examples, Examples]:
+    def _load_examples(self, job: Job | Judge) -> tuple[Examples, Examples]:
         key = self._examples_key(job)
         if self._examples is None or self._examples[0] != key:
             self._examples = None
-            self._examples = key, data.load(job.source, job.data).split(job.training.holdout)
+            holdout = job.training.holdout if isinstance(job, Job) else job.holdout
+            self._examples = key, data.load(job.source, job.data).split(holdout)
         return self._examples[1]
 
 
@@ -465,10 +477,10 @@ def _cancelled(check: Check) -> Check:
     return checked
 
 
-def _weights(job: Job) -> State:
+def _weights(path: str, layout: Sequence[TensorSpec]) -> State:
     try:
-        limit = sum(map(size_bytes, job.layout)) + _HEADER_MAX
-        return load_state(_read(Path(job.weights), limit, "weights"), job.layout)
+        limit = sum(map(size_bytes, layout)) + _HEADER_MAX
+        return load_state(_read(Path(path), limit, "weights"), layout)
     except RemoteProtocolError as error:
         raise TrainingError("weights", str(error)) from None
 
@@ -505,20 +517,20 @@ def _peak_rss() -> int:
     return int(peak[1]) * 1024 if peak else 0
 
 
-def _failed(job: Job, reason: str, detail: str) -> Failed:
+def _failed(job: Job | Judge, reason: str, detail: str) -> Failed:
     return Failed(job.id, cast(jobs.FailureReason, reason), " ".join(detail.split())[:512])
 
 
 # -- the process -------------------------------------------------------------------------------------------------
 
 
-Arrived = Job | Cancel | Suspend | Exception | None
+Arrived = Job | Judge | Cancel | Suspend | Exception | None
 """What came on stdin; last of all the error that ended it, or None for its proper end."""
 
 
 @dataclass(slots=True)
 class _Unfinished:
-    job: Job
+    job: Job | Judge
     cancelled: bool = False
     suspended: bool = False
 
@@ -531,7 +543,7 @@ class Inbox:
         self._waiting: deque[_Unfinished | Exception | None] = deque()
         self._current: _Unfinished | None = None
 
-    def next(self) -> Job | None:
+    def next(self) -> Job | Judge | None:
         """Wait for the next job, which finishes the one before; None at the end, or raise the error that ended it."""
         while not self._waiting:
             self._take(self._arrived.get())
@@ -555,7 +567,7 @@ class Inbox:
 
     def _take(self, arrived: Arrived) -> None:
         match arrived:
-            case Job():
+            case Job() | Judge():
                 self._waiting.append(_Unfinished(arrived))
             case Cancel(id=id) | Suspend(id=id):
                 for each in (self._current, *self._waiting):

@@ -44,6 +44,8 @@ class Event(StrEnum):
     TRAINING_FINISHED = "training.finished"
     TRAINING_STOPPED = "training.stopped"
     TRAINING_FAILED = "training.failed"
+    MODEL_USED = "model.used"
+    MODEL_REFUSED = "model.refused"
     UPDATE_SENT = "update.sent"
     UPDATE_ANSWERED = "update.answered"
     UPDATE_DROPPED = "update.dropped"
@@ -84,6 +86,7 @@ _LEVELS: Mapping[Event, str] = {
     Event.DATA_MISSED: "warning",
     Event.TRAINER_DIED: "warning",
     Event.TRAINING_FAILED: "error",
+    Event.MODEL_REFUSED: "warning",
     Event.UPDATE_DROPPED: "warning",
     Event.ROUND_EXTENDED: "warning",
     Event.UPDATE_REJECTED: "warning",

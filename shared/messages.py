@@ -38,6 +38,8 @@ NotBelow = Annotated[float, Meta(ge=0.0, le=1e12)]
 Shape = Annotated[list[Annotated[int, Meta(ge=0, le=2**31)]], Meta(max_length=8)]
 Metric = Literal["accuracy", "binary_accuracy", "rmse", "loss"]
 """What a task's hold-outs may be judged by."""
+RISING: frozenset[Metric] = frozenset({"accuracy", "binary_accuracy"})
+"""The metrics that are better when higher, and shares of one; the others are errors."""
 Metrics = Annotated[dict[Label, float], Meta(max_length=64)]
 
 PARTICIPATION_ALL = 2**32

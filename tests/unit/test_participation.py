@@ -15,8 +15,9 @@ from msgspec import structs
 from edge_agent import delivery, download
 from edge_agent import participation as core
 from edge_agent.eligibility import DeviceFacts, Policy
-from edge_agent.jobs import Done, Failed, Progress, Suspended
+from edge_agent.jobs import Done, Failed, Judged, Progress, Suspended
 from edge_agent.participation import Effect, Participation
+from edge_agent.quality import Quality
 from shared import chunks, signing, wire
 from shared.errors import Reason, RemoteProtocolError
 from shared.layout import weights_max
@@ -138,7 +139,13 @@ def test_an_offer_may_come_before_its_release() -> None:
     bench = Bench()
     bench.tell(core.Connected(), Tick())
     assert kinds(bench.offer()) == []
-    assert kinds(bench.tell(core.ReleaseArrived("points", MESSAGE))) == ["KeepRelease", "KeepOffer", "KeepJob", "Train"]
+    assert kinds(bench.tell(core.ReleaseArrived("points", MESSAGE))) == [
+        "KeepRelease",
+        "UseRelease",
+        "KeepOffer",
+        "KeepJob",
+        "Train",
+    ]
 
 
 def test_releases_that_are_refused() -> None:
@@ -232,7 +239,12 @@ def test_a_device_follows_so_many_tasks_and_no_more() -> None:
     assert bench.refused(core.ReleaseArrived("points", MESSAGE)) is Reason.TOO_LARGE
     bench.machine.tasks["task-7"].manifest = RECORDS.manifest(expires=int(NOW.utc))
     bench.machine.delivery.resume(delivery.Update("id", "task-7", (1, 1), b"head", bytes(32), 1, 1, 0, 1 << 40), 0.0)
-    assert kinds(bench.tell(core.ReleaseArrived("points", MESSAGE))) == ["DropUpdate", "ForgetTask", "KeepRelease"]
+    assert kinds(bench.tell(core.ReleaseArrived("points", MESSAGE))) == [
+        "DropUpdate",
+        "ForgetTask",
+        "KeepRelease",
+        "UseRelease",
+    ]
     assert "task-7" not in bench.machine.tasks
 
 
@@ -463,7 +475,8 @@ def test_the_daemon_ends_in_the_middle() -> None:
     again = Bench()
     task = bench.machine.tasks["points"]
     task = replace(task, offer=None, waiting_offer=None)
-    assert again.machine.restore([task], [], NOW, [job, replace(job, id="older")]) == [core.DropJob("older")]
+    used = {"points": task.used or b""}
+    assert again.machine.restore([task], [], NOW, [job, replace(job, id="older")], used) == [core.DropJob("older")]
     again.tell(core.Connected(), Tick())
     (train,) = [each for each in again.offer(sequence=1) if isinstance(each, core.Train)]
     assert (train.id, train.seed, train.context, train.again) == (job.id, job.seed, job.context, True)
@@ -479,7 +492,8 @@ def test_jobs_that_no_longer_count() -> None:
     bench = Bench()
     (job,) = [each.job for each in bench.begin() if isinstance(each, core.KeepJob)]
     task = bench.machine.tasks["points"]
-    assert task.manifest is not None
+    assert task.manifest is not None and task.used is not None
+    used = {"points": task.used}
     cases: list[tuple[dict[str, Any], Instant, tuple[int, int]]] = [
         ({"task": "gone"}, NOW, (0, 0)),
         ({"position": (2, 1)}, NOW, (0, 0)),
@@ -488,8 +502,9 @@ def test_jobs_that_no_longer_count() -> None:
     ]
     for changes, moment, settled in cases:
         tasks = [replace(task, settled=settled)]
-        assert Bench().machine.restore(tasks, [], moment, [replace(job, **changes)]) == [core.DropJob(job.id)]
-    assert Bench().machine.restore([replace(task)], [], NOW, [job]) == []
+        jobs = [replace(job, **changes)]
+        assert Bench().machine.restore(tasks, [], moment, jobs, used) == [core.DropJob(job.id)]
+    assert Bench().machine.restore([replace(task)], [], NOW, [job], used) == []
 
 
 def test_the_publishers_conditions_hold_while_it_trains() -> None:
@@ -701,7 +716,7 @@ def test_a_damaged_release_is_taken_again_and_an_older_one_is_not() -> None:
     position = Position((1, 3), signing.digest(RECORDS.message(number=3).release))
     bench.machine.tasks["points"] = core.Task("points", release_position=position)
     assert bench.refused(core.ReleaseArrived("points", RECORDS.message(number=2))) is Reason.ROLLBACK
-    assert kinds(bench.tell(core.ReleaseArrived("points", RECORDS.message(number=3)))) == ["KeepRelease"]
+    assert kinds(bench.tell(core.ReleaseArrived("points", RECORDS.message(number=3)))) == ["KeepRelease", "UseRelease"]
 
 
 def test_one_failure_does_not_cost_the_next_round() -> None:
@@ -828,7 +843,7 @@ def test_a_release_in_chunks_is_accepted_when_whole() -> None:
     assert "Train" not in kinds(bench.offer(message, number=2))
     assert bench.machine.tasks["points"].release_position == Position((1, 0), signing.digest(MESSAGE.release))
     assert kinds(bench.tell(core.ReleaseArrived("points", message))) == []
-    assert kinds(fetch(bench)) == ["KeepRelease", "KeepJob", "Train"]
+    assert kinds(fetch(bench)) == ["KeepRelease", "UseRelease", "KeepJob", "Train"]
     assert bench.tell(core.ReleaseArrived("points", message)) == []
 
 
@@ -841,7 +856,7 @@ def test_a_first_release_in_chunks() -> None:
     bench.offer(message)
     bench.tell(core.ReleaseArrived("points", message))
     assert bench.machine.tasks == {}
-    assert kinds(fetch(bench))[:4] == ["KeepRelease", "KeepOffer", "KeepJob", "Train"]
+    assert kinds(fetch(bench))[:5] == ["KeepRelease", "UseRelease", "KeepOffer", "KeepJob", "Train"]
 
 
 def test_releases_in_chunks_that_are_refused() -> None:
@@ -867,7 +882,7 @@ def test_whole_releases_overtake_what_is_coming() -> None:
     bench = Bench()
     bench.begin()
     bench.tell(core.ReleaseArrived("points", in_chunks(5)))
-    assert kinds(bench.tell(core.ReleaseArrived("points", RECORDS.message(number=4)))) == ["KeepRelease"]
+    assert kinds(bench.tell(core.ReleaseArrived("points", RECORDS.message(number=4)))) == ["KeepRelease", "UseRelease"]
     assert bench.machine.downloads.get("points") is not None
     bench.tell(core.ReleaseArrived("points", RECORDS.message(number=6)))
     assert bench.machine.downloads.get("points") is None
@@ -1093,3 +1108,107 @@ def changed(value: Any, **changes: Any) -> Any:
     if isinstance(value, DeviceFacts):
         return dataclasses.replace(value, **changes)
     return structs.replace(value, **changes)
+
+
+# -- the model in use ----------------------------------------------------------------------------------------------
+
+
+def judging(bench: Bench, message: ReleaseMessage) -> list[core.JudgeRelease]:
+    """A release arrives at a device whose owner has releases judged."""
+    effects = bench.tell(core.ReleaseArrived("points", message))
+    assert "UseRelease" not in kinds(effects)
+    return [each for each in effects if isinstance(each, core.JudgeRelease)]
+
+
+def judge() -> Bench:
+    """A free device that has releases judged, with its first one in use."""
+    bench = Bench()
+    bench.machine = dataclasses.replace(bench.machine, quality=Quality(refuse=True, drop=0.05, examples=20))
+    bench.tell(core.Connected(), Tick())
+    assert "UseRelease" in kinds(bench.tell(core.ReleaseArrived("points", MESSAGE)))  # better than none
+    return bench
+
+
+def said(id: str, now: float | None, before: float | None, examples: int = 50) -> core.TrainerTold:
+    """What the trainer found, by the task's metric."""
+    metrics = [{} if value is None else {"loss": value} for value in (now, before)]
+    return core.TrainerTold(Judged(id, examples, metrics[0], metrics[1]))
+
+
+def test_every_release_is_in_use_at_once() -> None:
+    """Unless the owner wants it judged, also after a restart in between."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick())
+    (used,) = [e for e in bench.tell(core.ReleaseArrived("points", MESSAGE)) if isinstance(e, core.UseRelease)]
+    task = bench.machine.tasks["points"]
+    assert task.release_position is not None
+    assert (used.digest, used.judged) == (task.release_position.digest, None)
+    assert Bench().machine.restore([replace(task)], [], NOW, used={"points": used.digest}) == []
+    assert kinds(Bench().machine.restore([replace(task)], [], NOW, used={"points": bytes(32)})) == ["UseRelease"]
+
+
+def test_a_release_is_judged() -> None:
+    """One that is not clearly worse is taken into use with its metrics; one that is is refused, and that told."""
+    bench = judge()
+    (first,) = judging(bench, RECORDS.message(number=1))
+    effects = bench.tell(said(first.id, 1.2, 1.0))
+    (used,) = [each for each in effects if isinstance(each, core.UseRelease)]
+    assert used.release.number == 1 and used.judged is not None and used.judged.metrics == {"loss": 1.2}
+    (second,) = judging(bench, RECORDS.message(number=2))
+    effects = bench.tell(said(second.id, 1.6, 1.2))
+    (refused,) = [each for each in effects if isinstance(each, core.RefuseRelease)]
+    assert refused.release == 2 and "loss 1.6 on 50 local examples, 1.2 of the one in use" in refused.why
+    assert "JudgeRelease" not in kinds(bench.after(1000))
+    assert "JudgeRelease" in kinds(bench.tell(core.ReleaseArrived("points", RECORDS.message(number=3))))
+
+
+def test_what_cannot_be_judged_is_used() -> None:
+    """A trainer that fails, dies or takes for ever says nothing against a release."""
+    for event in ("failed", "gone", None):
+        bench = judge()
+        (asked,) = judging(bench, RECORDS.message(number=1))
+        if event == "failed":
+            effects = bench.tell(core.TrainerTold(Failed(asked.id, "data", "none")))
+        elif event == "gone":
+            effects = bench.tell(core.TrainerGone("killed", "signal 9"))
+        else:
+            effects = bench.after(601)
+            assert "StopJudging" in kinds(effects)
+        assert "UseRelease" in kinds(effects)
+
+
+def test_judging_waits_for_a_free_device() -> None:
+    """It is work like training: not begun on battery, given up when the plug is pulled, and begun again later."""
+    bench = judge()
+    bench.facts = changed(FACTS, mains=False)
+    bench.after(31)
+    assert judging(bench, RECORDS.message(number=1)) == []
+    bench.facts = FACTS
+    assert "JudgeRelease" in kinds(bench.after(31))
+    bench.facts = changed(FACTS, mains=False)
+    effects = bench.after(31)
+    assert "StopJudging" in kinds(effects) and "UseRelease" not in kinds(effects)
+    bench.facts = FACTS
+    effects = bench.after(31)
+    (asked,) = [each for each in effects if isinstance(each, core.JudgeRelease)]
+    bench.offer(RECORDS.message(number=1))
+    assert bench.machine.work is None  # one thing at a time
+    assert "Train" in kinds(bench.tell(said(asked.id, 1.0, 1.0)))
+
+
+def test_a_newer_release_while_one_is_judged() -> None:
+    """The older one is of no interest any more."""
+    bench = judge()
+    (first,) = judging(bench, RECORDS.message(number=1))
+    effects = bench.tell(core.ReleaseArrived("points", RECORDS.message(number=2)))
+    (second,) = [each for each in effects if isinstance(each, core.JudgeRelease)]
+    assert [each.id for each in effects if isinstance(each, core.StopJudging)] == [first.id]
+    assert bench.tell(said(first.id, 9.0, 1.0)) == []
+    assert "UseRelease" in kinds(bench.tell(said(second.id, 1.0, 1.0)))
+
+
+def test_the_daemon_ends_while_it_judges() -> None:
+    """Nothing is lost by that."""
+    bench = judge()
+    judging(bench, RECORDS.message(number=1))
+    assert kinds(bench.tell(core.Leave())) == ["StopJudging", "Left"]

@@ -17,7 +17,7 @@ from aggregator import export
 from edge_agent import checkpoint, trainer
 from edge_agent.checkpoint import State
 from edge_agent.data import Examples
-from edge_agent.jobs import Cancel, Done, Failed, Job, Progress, Source, Suspended, Word
+from edge_agent.jobs import Cancel, Done, Failed, Job, Judged, Progress, Source, Suspended, Word
 from edge_agent.trainer import Arrived, Inbox, Model, Worker
 from shared import codec, sealing, tensors
 from shared.errors import Reason, RemoteProtocolError, TrainingError
@@ -310,7 +310,7 @@ class Warm:
         self.worker.do(job, check)
         *before, last = self.said
         assert all(isinstance(message, Progress) for message in before)
-        assert not isinstance(last, Progress)
+        assert not isinstance(last, Progress | Judged)
         return last
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from shared import cli
-from shared.cli import Exit, Parser, show
+from shared.cli import Exit, Failure, Parser, show
 
 if TYPE_CHECKING:
     from edge_agent.config import AgentConfig
@@ -78,6 +78,61 @@ def _pause(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     show(_ask(options, "resume"), options.json)
+    return Exit.OK
+
+
+def _models(options: argparse.Namespace) -> int:
+    from edge_agent.shelf import Shelf
+
+    device = _config(options, files=False).device
+    shelf = Shelf(device.shelf, public=False)
+    if device.shelf.exists():
+        os.scandir(device.shelf).close()  # one that may not be read is not the same as an empty one
+    found = shelf.models()
+    rows: list[dict[str, Any]] = [
+        {
+            "task": model.task,
+            "version": model.version,
+            "release": model.release,
+            "since": cli.moment(model.since),
+            "metrics": dict(model.metrics),
+            "examples": model.examples,
+            "path": str(shelf.path(model.task)),
+        }
+        for model in found
+    ]
+    if options.json:
+        show({"models": rows}, True)
+        return Exit.OK
+    if not rows:
+        cli.say(f"no model yet in {device.shelf}: no release was accepted")
+    for row in rows:
+        row["metrics"] = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items()) or "not judged here"
+    names = ("task", "version", "release", "since", "metrics", "path")
+    if rows:
+        cli.table(names, [tuple(row[name] for name in names) for row in rows])
+    return Exit.OK
+
+
+def _predict(options: argparse.Namespace) -> int:
+    path: Path = options.input
+    kind: Literal["csv", "npz"] = "csv" if path.suffix == ".csv" else "npz"
+    if path.suffix not in (".csv", ".npz"):
+        raise Failure(Exit.USAGE, f"{path}: predict reads .csv and .npz files")
+    shelf = _config(options, files=False).device.shelf if options.models is None else options.models
+    try:
+        from edge_agent import local
+    except ModuleNotFoundError as error:
+        advice = "`edge-agent trainer install` brings what it needs"
+        raise Failure(Exit.FAILED, f"{error.name} is not installed: {advice}") from None
+    model = local.load(shelf / options.task)
+    answer = model.predict(model.read(path, kind))
+    if options.output is None:
+        sys.stdout.write(model.table(answer))
+    elif options.output.suffix == ".npz":
+        cli.save(options.output, local.archive(answer), force=options.force)
+    else:
+        cli.save(options.output, model.table(answer).encode(), force=options.force)
     return Exit.OK
 
 
@@ -174,6 +229,41 @@ def _parser() -> Parser:
     )
     _add_config(one)
     cli.add_json(one)
+
+    one = cli.add_command(
+        commands,
+        "models",
+        _models,
+        "list the models in use on this device",
+        "List the newest good model of each task, with its metrics on this device's hold-out where it was judged, and "
+        "the folder in which programs find it. Run it as root or as the agent, unless local.public is set.",
+        "edge-agent models",
+    )
+    _add_config(one)
+    cli.add_json(one)
+
+    one = cli.add_command(
+        commands,
+        "predict",
+        _predict,
+        "answer examples with a task's model",
+        "Read examples from a .csv or .npz file as the task's data set has them, with or without the target, and print "
+        "the model's answers: for a classifier the class, then every output. Needs PyTorch; the agent need not run.",
+        "edge-agent predict digits new.csv",
+        "edge-agent predict digits new.npz -o answers.npz",
+    )
+    one.add_argument("task", metavar="TASK", help="whose model")
+    one.add_argument("input", type=Path, metavar="FILE", help="a .csv or .npz file of examples")
+    one.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where the answers go: CSV, or arrays if it ends in .npz (default: CSV on standard output)",
+    )
+    one.add_argument("--force", action="store_true", help="replace FILE")
+    one.add_argument("--models", type=Path, metavar="DIR", help="the folder of models (default: the configuration's)")
+    _add_config(one)
 
     group = commands.add_parser("config", help="look at the configuration", description="Look at the configuration.")
     one = cli.add_command(

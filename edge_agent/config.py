@@ -52,6 +52,11 @@ class Device(Section, frozen=True):
     proc_root: Path = Path("/proc")
     """Where power, temperature, pressure and memory are read; other roots are for tests and demonstrations."""
 
+    @property
+    def shelf(self) -> Path:
+        """The folder of models, told or the usual one."""
+        return self.models or self.state_dir / "models"
+
 
 class Trust(Section, frozen=True):
     """Section [trust]."""

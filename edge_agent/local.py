@@ -131,6 +131,16 @@ class LocalModel:
         return text.getvalue()
 
 
+def archive(answer: Prediction) -> bytes:
+    """Answers as an .npz file: `output0`, `output1` ..., and `labels` for a classifier."""
+    arrays = {f"output{number}": output for number, output in enumerate(answer.outputs)}
+    if answer.labels is not None:
+        arrays["labels"] = answer.labels
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
 def load(link: str | os.PathLike[str]) -> LocalModel:
     """The model behind a link of the shelf; TrainingError("weights") says why there is none, or none to use."""
     path = Path(link)

@@ -115,7 +115,7 @@ class Service:
             outbox_bytes=config.device.outbox_bytes,
             quality=config.local,
         )
-        self._shelf = Shelf(config.device.models or config.device.state_dir / "models", config.local.public)
+        self._shelf = Shelf(config.device.shelf, config.local.public)
         self.mailbox: Mailbox[ServiceEvent] = Mailbox()
         self._sandbox = Sandbox.open(
             os.environ, config.device.proc_root, config.device.sys_root, config.trainer.memory_max

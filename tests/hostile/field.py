@@ -87,12 +87,13 @@ class Field:
         self.publish(f"models/{name}/release", wire.pack(self.messages[name]))
         self.daemon.wait("release.accepted", start, task=name)
 
-    def next_release(self, name: str) -> None:
-        """The aggregator's next release of a task, accepted by the agent."""
+    def next_release(self, name: str, weights: bytes | None = None) -> None:
+        """The aggregator's next release of a task, accepted; its weights are the same unless given."""
         message = self.messages[name]
         number = wire.unpack(message.release.payload, Release).number + 1
-        signed = records.signed_release(message.manifest, name, number, self.keys.aggregator, Role.AGGREGATOR)
-        self.messages[name] = structs.replace(message, release=signed)
+        model = MODEL if weights is None else Model(weights=weights)
+        signed = records.signed_release(message.manifest, name, number, self.keys.aggregator, Role.AGGREGATOR, model)
+        self.messages[name] = structs.replace(message, release=signed, weights=weights or message.weights)
         self.release(name)
 
     def offer(self, name: str, number: int = 1, **changes: Any) -> RoundOffer:

@@ -1,5 +1,6 @@
 """A device whose owner needs it, or that is switched off, in the middle of a training: the work is not lost."""
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ import pytest
 
 from aggregator.broker import Broker
 from edge_agent import control
+from shared import tensors
 from shared.control import ask
 from shared.messages import DataContract, RoundOffer, Sgd, Training
 from tests.broker.broker import Fleet
 from tests.hostile.daemon import Line, until
 from tests.hostile.field import Field
-from tests.hostile.records import INPUT, TARGET
+from tests.hostile.records import INPUT, LAYOUT, TARGET
 
 GRACE = 1.5
 
@@ -103,7 +105,8 @@ def test_unplugged_and_plugged_in(field: Field, house: House) -> None:
     field.daemon.wait("training.thawed", start, task="t")
     assert state(trainer) != "T"
     finished(field, start, steps)
-    assert field.daemon.pid
+    about = json.loads((field.state / "models" / "t" / "model.json").read_text())
+    assert (about["task"], about["release"]) == ("t", 0)
 
 
 def test_unplugged_for_long(field: Field, house: House) -> None:
@@ -159,3 +162,26 @@ def test_switched_off(field: Field, monkeypatch: pytest.MonkeyPatch, end: signal
     field.publish("models/t/round", field.signed(offer))
     field.daemon.wait("training.started", start, task="t", again=True)
     finished(field, start, steps)
+
+
+def test_a_worse_release_is_refused(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its owner asks for that, the model in use stays when the trainer finds the next one clearly worse here."""
+    monkeypatch.setenv("FIELDFARE_LOCAL__REFUSE", "true")
+    field.daemon.stop()
+    field.start()
+    contract = DataContract(dataset="d", inputs=[INPUT], target=TARGET, min_examples=1)
+    training = Training(optimizer=Sgd(lr=0.01), batch_size=8, epochs=1, holdout=0.5)
+    start = len(field.daemon.lines)
+    field.task("q", data=contract, training=training, metric="loss")
+    field.daemon.wait("model.used", start, task="q", release=0)
+    start = len(field.daemon.lines)
+    field.next_release("q")
+    used = field.daemon.wait("model.used", start, task="q", release=1)
+    assert used["metric_loss"] > 0  # the same weights under another number are not worse
+    skewed = np.zeros((3, 4), np.float32)
+    skewed[0] = 100.0
+    start = len(field.daemon.lines)
+    field.next_release("q", tensors.save(LAYOUT, {"weight": skewed}))
+    refused = field.daemon.wait("model.refused", start, task="q", release=2)
+    assert "local.ratio" in refused["why"]
+    assert json.loads((field.state / "models" / "q" / "model.json").read_text())["release"] == 1

@@ -6,15 +6,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from aggregator import ca
 from edge_agent import cli, control
 from edge_agent.control import ControlRequest, Request
 from shared.version import VERSION
+from tests.unit.test_local import network, publish, rows
 
 NOW = 1_795_000_000.0
-COMMANDS = [["run"], ["status"], ["pause"], ["resume"], ["config"], ["config", "check"]]
+COMMANDS = [
+    ["run"],
+    ["status"],
+    ["pause"],
+    ["resume"],
+    ["models"],
+    ["predict"],
+    ["config"],
+    ["config", "check"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +191,56 @@ def test_config_check_refuses_what_run_refuses(
     assert cli.main(["config", "check", "--config", str(config)]) == 78
     out, err = capsys.readouterr()
     assert out == "" and said in err and err.count("\n") == 1
+
+
+def test_models_and_predict(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The models in use are listed with their folders, and answer the examples of a file, as text or as arrays."""
+    where = ["--config", str(config)]
+    assert cli.main(["models", *where]) == 0
+    assert capsys.readouterr().err.startswith("no model yet")
+    state = config.parent / "state"
+    config.write_text(config.read_text().replace("[device]\n", f'[device]\nstate_dir = "{state}"\n'))
+    state.mkdir()
+    link, _ = publish(state, network(1))
+    assert cli.main(["models", "--json", *where]) == 0
+    (model,) = json.loads(capsys.readouterr().out)["models"]
+    assert (model["task"], model["release"], model["path"]) == ("points", 1, str(link))
+    assert cli.main(["models", *where]) == 0
+    assert "points" in capsys.readouterr().out
+    np.savez(tmp_path / "new.npz", x=rows(3))
+    asked = ["predict", "points", str(tmp_path / "new.npz"), *where]
+    assert cli.main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("class,") and len(lines) == 4
+    answers = tmp_path / "answers.npz"
+    assert cli.main([*asked, "-o", str(answers)]) == 0
+    with np.load(answers) as found:
+        assert [str(label) for label in found["labels"]] == [line.split(",")[0] for line in lines[1:]]
+    assert cli.main([*asked, "-o", str(answers)]) == 1 and cli.main([*asked, "-o", str(answers), "--force"]) == 0
+    assert cli.main([*asked, "-o", str(tmp_path / "answers.csv")]) == 0
+    assert (tmp_path / "answers.csv").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nothing", "new.npz"], 1, "no release of this task"),
+        (["points", "absent.npz"], 1, "No such file"),
+        (["points", "new.txt"], 2, ".csv and .npz"),
+        (["points", "bad.npz"], 1, "has no array 'x'"),
+    ],
+)
+def test_predictions_that_cannot_be(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, words: str
+) -> None:
+    """One line says what is missing or does not fit."""
+    publish(tmp_path, network(1))
+    np.savez(tmp_path / "bad.npz", z=rows(3))
+    np.savez(tmp_path / "new.npz", x=rows(3))
+    task, file = arguments
+    asked = ["predict", task, str(tmp_path / file), "--models", str(tmp_path / "models"), "--config", str(config)]
+    assert cli.main(asked) == code
+    assert words in capsys.readouterr().err
 
 
 def test_the_command_line_stays_light() -> None:

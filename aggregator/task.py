@@ -136,8 +136,33 @@ class PlanSection(Section, frozen=True, kw_only=True):
         )
 
 
+class ConditionsSection(Section, frozen=True, kw_only=True):
+    """`[conditions]`: what is asked of a device beyond its owner's policy."""
+
+    mains: bool = False
+    """On mains, or charging."""
+    idle: bool = False
+    """CPUs at least as idle as the default policy asks."""
+    min_battery: Annotated[int, Meta(ge=0, le=100)] = 0
+    """Percent, of a device that has a battery."""
+    idle_user: bool = False
+    """Nobody uses the device, as far as its desktop knows."""
+    unmetered: bool = False
+    """The network does not count bytes."""
+
+    def conditions(self) -> Conditions:
+        """As the manifest has it."""
+        return Conditions(
+            mains=self.mains,
+            idle=self.idle,
+            min_battery=self.min_battery,
+            idle_user=self.idle_user or UNSET,
+            unmetered=self.unmetered or UNSET,
+        )
+
+
 class TaskFile(Section, frozen=True, kw_only=True):
-    """A whole task file. `[data]` and `[conditions]` have the keys of the manifest's parts of those names."""
+    """A whole task file. `[data]` has the keys of the manifest's part of that name."""
 
     name: Name
     """Of the task, in topics and commands."""
@@ -159,7 +184,7 @@ class TaskFile(Section, frozen=True, kw_only=True):
     training: TrainingSection
     data: DataContract
     plan: PlanSection
-    conditions: Conditions = Conditions()
+    conditions: ConditionsSection = ConditionsSection()
 
 
 def load(path: Path) -> TaskFile:
@@ -189,9 +214,9 @@ def manifest(
     expires = task.expires.after(now)
     if not now < expires <= now + LONGEST_DAYS * DAY:
         raise ConfigError(str(path), "expires", f"{task.expires} is not within ten years from now; write a later date")
-    plan = task.plan.plan()
+    plan, conditions = task.plan.plan(), task.conditions.conditions()
     return TaskManifest(
-        v=1 if plan.until is UNSET and plan.gate is UNSET else 2,
+        v=1 if plan.until is UNSET and plan.gate is UNSET and not conditions.grown else 2,
         task=task.name,
         version=task.version,
         expires=expires,
@@ -207,7 +232,7 @@ def manifest(
         codec="fp32",
         rule=ClippedMean(),
         privacy=PrivacyNone(clip_max=task.clip),
-        conditions=task.conditions,
+        conditions=conditions,
         aggregator_keys=aggregator_keys,
         metric=task.metric,
     )

@@ -227,6 +227,19 @@ class Conditions(Wire, frozen=True):
     mains: bool = False
     idle: bool = False
     min_battery: Annotated[int, Meta(ge=0, le=100)] = 0
+    idle_user: bool | UnsetType = UNSET
+    """Nobody uses the device. True or absent. Since protocol 2."""
+    unmetered: bool | UnsetType = UNSET
+    """The network does not count bytes. True or absent. Since protocol 2."""
+
+    def __post_init__(self) -> None:
+        if self.idle_user is False or self.unmetered is False:
+            raise ValueError("idle_user and unmetered are true or absent")
+
+    @property
+    def grown(self) -> bool:
+        """Whether this says what protocol 1 could not."""
+        return self.idle_user is not UNSET or self.unmetered is not UNSET
 
 
 class VerificationKey(Wire, frozen=True):
@@ -261,7 +274,8 @@ class TaskManifest(Wire, frozen=True):
     """What the hold-out is judged by; `loss` is always reported too."""
 
     def __post_init__(self) -> None:
-        _needs(self.v, self.plan.until is not UNSET or self.plan.gate is not UNSET, "until and gate")
+        grown = self.plan.until is not UNSET or self.plan.gate is not UNSET or self.conditions.grown
+        _needs(self.v, grown, "until, gate, idle_user and unmetered")
 
 
 class BlobRef(Wire, frozen=True):

@@ -37,11 +37,11 @@ import pytest
 
 from aggregator import cli as aggregator_cli
 from aggregator.broker import Broker, free_port
-from aggregator.task import TaskFile, TrainingSection
+from aggregator.task import ConditionsSection, TaskFile, TrainingSection
 from edge_agent import cli as agent_cli
 from shared.events import Event
 from shared.logs import sentence
-from shared.messages import Conditions, DataContract, Gate, Plan
+from shared.messages import DataContract, Gate, Plan
 from shared.version import VERSION
 from tests.hostile.daemon import LEASH
 
@@ -532,7 +532,7 @@ def test_the_task_files_page_names_every_key() -> None:
     sections = re.split(r"^## `\[([\w.]+)\]`.*$", text, flags=re.M)
     named = {"": sections[0]} | dict(zip(sections[1::2], sections[2::2], strict=True))
     parts: dict[str, type[msgspec.Struct]]
-    parts = {"training": TrainingSection, "data": DataContract, "plan": Plan, "conditions": Conditions}
+    parts = {"training": TrainingSection, "data": DataContract, "plan": Plan, "conditions": ConditionsSection}
     wanted = {"": _keys(TaskFile) - set(parts)} | {name: _keys(kind) for name, kind in parts.items()}
     wanted["plan.gate"] = _keys(Gate)
     found = {

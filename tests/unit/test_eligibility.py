@@ -8,17 +8,24 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec import UNSET
 
 from edge_agent.calendar import Window
 from edge_agent.eligibility import (
     TOLERATED,
     Constraint,
+    DataFacts,
     DeviceFacts,
     Gatekeeper,
     Obstacle,
     Policy,
+    Question,
+    Verdict,
+    constraints,
     merged,
     obstacles,
+    questions,
 )
 from shared.messages import Conditions
 
@@ -75,6 +82,12 @@ def test_good_device_may_go() -> None:
         ({"disk_free": (256 << 20) - 1}, {}, "disk"),
         ({"disk_free": None}, {}, "disk"),
         ({"since_round": 59.9}, {"spacing": 60.0}, "spacing"),
+        ({"user_idle": False}, {"idle_user": True}, "user"),
+        ({"user_idle": None}, {"idle_user": True}, "user"),
+        ({"metered": True}, {"unmetered": True}, "metered"),
+        ({"metered": None}, {"unmetered": True}, "metered"),
+        ({"budget_used": 600.0}, {"cpu_budget": 600.0}, "budget"),
+        ({"budget_used": None}, {"cpu_budget": 600.0}, "budget"),
     ],
 )
 def test_each_constraint_blocks(facts: dict[str, Any], settings: dict[str, Any], expected: str) -> None:
@@ -102,6 +115,10 @@ def test_each_constraint_blocks(facts: dict[str, Any], settings: dict[str, Any],
         ({"disk_free": None}, {"disk_free": 0}),
         ({"since_round": 60.0}, {"spacing": 60.0}),
         ({"since_round": None}, {"spacing": 60.0}),
+        ({"user_idle": False, "metered": True, "budget_used": 1e6}, {}),
+        ({"user_idle": True}, {"idle_user": True}),
+        ({"metered": False}, {"unmetered": True}),
+        ({"budget_used": 599.9}, {"cpu_budget": 600.0}),
     ],
 )
 def test_at_the_threshold_or_switched_off_nothing_blocks(facts: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -128,10 +145,80 @@ def test_obstacle_says_value_threshold_and_setting() -> None:
     assert "until 2026-03-02 13:00" in paused.text
 
 
+def test_every_constraint_is_judged_in_order() -> None:
+    """`edge-agent why` shows each one, also those that are met, each with words, a source and what decides."""
+    found = constraints(POLICY, None, GOOD)
+    assert [each.name for each in found] == list(Constraint)
+    assert all(each.text and each.source and "{" not in each.text + each.advice for each in found)
+    assert {each.name.value for each in found if each.verdict is Verdict.NOT_ASKED} == {
+        *("calendar", "spacing", "user", "metered", "budget", "data")
+    }
+    assert not any(each.advice or each.verdict is Verdict.UNMET for each in found)
+    cpu = next(each for each in found if each.name is Constraint.CPU)
+    assert (cpu.value, cpu.threshold, cpu.setting, cpu.source) == (
+        1.0,
+        20.0,
+        "policy.cpu_pressure",
+        "/proc/pressure/cpu",
+    )
+
+
+def test_an_unmet_constraint_says_what_its_owner_can_do() -> None:
+    """The owner's own setting where that decides; where the publisher asks for more, that nothing here loosens it."""
+
+    def mains(policy: Policy, asked: Conditions | None) -> tuple[str, str]:
+        (found,) = (each for each in constraints(policy, asked, replace(GOOD, mains=False)) if each.advice)
+        return found.setting, found.advice
+
+    assert mains(POLICY, Conditions(mains=True)) == ("policy.mains", "plug it in, or set policy.mains = false")
+    setting, advice = mains(Policy(mains=False), Conditions(mains=True))
+    assert setting == "conditions.mains of the task"
+    assert "publisher" in advice
+    loose = Policy(cpu_pressure=100.0)
+    busy = constraints(loose, Conditions(idle=True), replace(GOOD, cpu_pressure=50.0))
+    assert [each.setting for each in busy if each.advice] == ["conditions.idle of the task"]
+
+
+def test_what_the_kernel_lacks_is_unknown_and_not_met() -> None:
+    """People can tell what was measured from what was not."""
+    found = constraints(POLICY, None, replace(GOOD, memory_pressure=None, heat_margin=None, temperature=None))
+    assert [each.name.value for each in found if each.verdict is Verdict.UNKNOWN] == ["heat", "memory_pressure"]
+
+
+@pytest.mark.parametrize(
+    ("data", "verdict"),
+    [
+        (None, Verdict.NOT_ASKED),
+        (DataFacts("points", 40), Verdict.UNKNOWN),
+        (DataFacts("points", 40, 40), Verdict.MET),
+        (DataFacts("points", 40, 39), Verdict.UNMET),
+        (DataFacts("points", 40, 400, "b.npz: row 7 is not finite"), Verdict.UNMET),
+    ],
+)
+def test_enough_data(data: DataFacts | None, verdict: Verdict) -> None:
+    """Fewer examples than the contract asks for, or some that were refused, are an obstacle by name."""
+    judged = constraints(POLICY, None, GOOD, data)[-1]
+    assert (judged.name, judged.verdict) == (Constraint.DATA, verdict)
+    names = [each.name.value for each in obstacles(POLICY, None, GOOD, data)]
+    assert names == (["data"] if verdict is Verdict.UNMET else [])
+
+
+def test_the_bus_is_asked_only_what_somebody_wants_to_know() -> None:
+    """The owner's settings or a publisher's; a device whose owner wants none of it spawns nothing."""
+    nothing = Policy(mains=False)
+    assert questions(nothing, ()) == set()
+    assert questions(nothing, [Conditions(), Conditions(unmetered=True)]) == {Question.METERED}
+    assert questions(nothing, [Conditions(mains=True)]) == {Question.POWER}
+    assert questions(Policy(idle_user=True), ()) == {Question.USER, Question.POWER}
+
+
 def test_publisher_can_only_ask_for_more() -> None:
     """Conditions tighten a loose policy and never loosen a strict one."""
     loose = Policy(mains=False, min_battery=0.0, cpu_pressure=100.0, cpu_others=100.0, load=1000.0)
     asked = Conditions(mains=True, idle=True, min_battery=50)
+    assert names(loose, Conditions(idle_user=True, unmetered=True)) == ["user", "metered"]
+    private = Policy(idle_user=True, unmetered=True)
+    assert names(private, Conditions(), user_idle=False, metered=True) == ["user", "metered"]
     assert names(loose, asked, mains=False, battery=40.0, cpu_pressure=50.0) == ["mains", "battery", "cpu"]
     assert names(loose, asked, cpu_pressure=None, load=0.8) == ["cpu"]
     assert names(loose, asked, training=True, cpu_others=60.0) == ["cpu"]
@@ -140,9 +227,23 @@ def test_publisher_can_only_ask_for_more() -> None:
     assert names(strict, asked, mains=False, battery=60.0, cpu_pressure=6.0) == ["mains", "battery", "cpu"]
 
 
-conditions = st.builds(Conditions, mains=st.booleans(), idle=st.booleans(), min_battery=st.integers(0, 100))
+demands = st.sampled_from([True, UNSET])
+conditions = st.builds(
+    Conditions,
+    mains=st.booleans(),
+    idle=st.booleans(),
+    min_battery=st.integers(0, 100),
+    idle_user=demands,
+    unmetered=demands,
+)
 policies = st.builds(
     Policy,
+    idle_user=st.booleans(),
+    unmetered=st.booleans(),
+    cpu_budget=st.sampled_from([0.0, 100.0]),
+    max_temperature=st.sampled_from([0.0, 70.0]),
+    spacing=st.sampled_from([0.0, 50.0]),
+    windows=st.sampled_from([(), (Window.parse("22:00-06:00"),)]),
     mains=st.booleans(),
     min_battery=st.floats(0, 100),
     cpu_pressure=st.floats(0, 100),
@@ -168,6 +269,9 @@ facts = st.builds(
     training=st.booleans(),
     paused=st.booleans(),
     since_round=st.none() | st.floats(0, 100),
+    user_idle=st.sampled_from([True, False, None]),
+    metered=st.sampled_from([True, False, None]),
+    budget_used=st.none() | st.floats(0, 200),
 )
 
 
@@ -178,6 +282,30 @@ def test_conditions_never_remove_an_obstacle(policy: Policy, asked: Conditions, 
     both = {obstacle.name for obstacle in obstacles(policy, asked, found)}
     assert alone <= both
     assert merged(merged(policy, asked), asked) == merged(policy, asked)
+
+
+@given(policies, conditions, conditions, facts)
+def test_every_condition_only_tightens(policy: Policy, one: Conditions, other: Conditions, found: DeviceFacts) -> None:
+    """What asks for at least as much lets through at most as much, for each single condition and for all together."""
+    more = Conditions(
+        mains=one.mains or other.mains,
+        idle=one.idle or other.idle,
+        min_battery=max(one.min_battery, other.min_battery),
+        idle_user=one.idle_user or other.idle_user,
+        unmetered=one.unmetered or other.unmetered,
+    )
+    less = {obstacle.name for obstacle in obstacles(policy, one, found)}
+    assert less <= {obstacle.name for obstacle in obstacles(policy, more, found)}
+
+
+@given(policies, st.none() | conditions, facts)
+def test_obstacles_are_the_unmet_constraints(policy: Policy, asked: Conditions | None, found: DeviceFacts) -> None:
+    """One judgement, two views: what blocks and what is shown cannot disagree."""
+    judged = constraints(policy, asked, found)
+    assert [each.name for each in judged] == list(Constraint)
+    unmet = [(each.name, each.value, each.text) for each in judged if each.verdict is Verdict.UNMET]
+    assert [(each.name, each.value, each.text) for each in obstacles(policy, asked, found)] == unmet
+    assert all((each.threshold is None) == (each.verdict is Verdict.NOT_ASKED) for each in judged)
 
 
 @given(facts)
@@ -240,29 +368,85 @@ def test_load_must_last_before_it_stops(name: Constraint) -> None:
     assert not gate.eligible
 
 
-@given(st.lists(st.tuples(st.floats(0.1, 50), st.sampled_from([None, *Constraint])), max_size=40))
-def test_gatekeeper_keeps_its_two_promises(looks: list[tuple[float, Constraint | None]]) -> None:
-    """Eligible only if nothing stood in the way for `settle`; never eligible while something urgent does."""
-    gate = Gatekeeper(Policy(settle=20.0, patience=10.0))
-    now, clear_since = 0.0, None
-    was = False
-    for step, name in looks:
-        now += step
-        clear_since = None if name else now if clear_since is None else clear_since
-        changed = gate.observe(() if name is None else blocked(name), now)
-        assert changed is (gate.eligible is not was)
-        if gate.eligible and not was:
-            assert clear_since is not None
-            assert now - clear_since >= 20.0
-        if name is not None and name not in TOLERATED:
-            assert not gate.eligible
-        assert gate.deadline is not None
-        assert gate.deadline > now
-        was = gate.eligible
+def test_an_idle_device_is_left_alone_where_the_kernel_watches() -> None:
+    """Long only while it may train, nothing stands in the way and load would wake us; else as often as before."""
+    gate = Gatekeeper(Policy(settle=0.0, sense=30.0, sense_idle=300.0, sense_training=0.8))
+    assert gate.observe((), 0.0, watched=True)
+    assert gate.deadline == 300.0
+    gate.observe((), 1.0)
+    assert gate.deadline == 31.0
+    gate.observe((), 2.0, training=True, watched=True)
+    assert gate.deadline == 2.8
+    gate.observe(blocked(Constraint.CPU), 3.0, watched=True)
+    assert gate.deadline == 8.0
+    gate.observe(blocked(Constraint.CPU), 8.0, watched=True)
+    assert gate.deadline == 38.0
+    settling = Gatekeeper(Policy(settle=60.0, sense=30.0))
+    settling.observe((), 0.0, watched=True)
+    assert settling.deadline == 30.0
+
+
+class GatekeeperRules(RuleBasedStateMachine):
+    """Any sequence of looks; the rules of device.md are recomputed from the whole history of looks each time."""
+
+    SETTLE, PATIENCE = 20.0, 5.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gatekeeper(Policy(settle=self.SETTLE, patience=self.PATIENCE, sense_training=0.8))
+        self.looks: list[tuple[float, frozenset[Constraint]]] = []
+        self.now = 0.0
+
+    @rule(
+        step=st.sampled_from([0.0, 0.1, 0.8, 4.9, 5.0, 19.9, 20.0]) | st.floats(0, 60),
+        names=st.frozensets(st.sampled_from(Constraint), max_size=2) | st.just(frozenset()),
+        training=st.booleans(),
+        watched=st.booleans(),
+    )
+    def look(self, step: float, names: frozenset[Constraint], training: bool, watched: bool) -> None:
+        """One look at the device."""
+        was, self.now = self.gate.eligible, self.now + step
+        found = tuple(obstacle for name in sorted(names) for obstacle in blocked(name))
+        changed = self.gate.observe(found, self.now, training, watched)
+        self.looks.append((self.now, names))
+        assert changed is (self.gate.eligible is not was)
+        urgent = not names <= TOLERATED
+        if self.gate.eligible and not was:
+            # It has held for `settle`: no look within that time saw anything, and one before it was clear too.
+            assert not any(seen for at, seen in self.looks if at > self.now - self.SETTLE)
+            assert any(at <= self.now - self.SETTLE for at, _ in self.looks)
+        if urgent:
+            assert not self.gate.eligible
+        if was and not self.gate.eligible and not urgent:
+            assert self._blocked_for() >= self.PATIENCE
+        if was and self._blocked_for() >= self.PATIENCE:
+            assert not self.gate.eligible
+
+    def _blocked_for(self) -> float:
+        """How long every look has seen something."""
+        began = self.now
+        for at, seen in reversed(self.looks):
+            if not seen:
+                break
+            began = at
+        return self.now - began if self.looks[-1][1] else 0.0
+
+    @precondition(lambda self: self.looks)
+    @invariant()
+    def it_looks_again_in_time(self) -> None:
+        """The next look is ahead, and not later than the moment at which something would be decided."""
+        due = self.gate.deadline
+        assert due is not None
+        assert due > self.now
+        if self.gate.eligible and self.looks[-1][1]:
+            assert due <= self.now - self._blocked_for() + self.PATIENCE
+
+
+TestGatekeeper = GatekeeperRules.TestCase
 
 
 def test_facts_are_named_once() -> None:
     """Every fact that can be unknown is unknown by default, so that a new one is never taken for measured."""
-    told = {"local", "mains", "has_battery", "training", "paused"}
+    told = {"local", "mains", "has_battery", "training", "paused", "watched"}
     blank = DeviceFacts(local=NOON)
     assert {field.name for field in fields(DeviceFacts) if getattr(blank, field.name) is not None} == told

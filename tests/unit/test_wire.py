@@ -60,6 +60,19 @@ def test_versions_are_not_mixed(name: str) -> None:
     assert refused(repacked(message, v=3), type(message)) is Reason.VERSION
 
 
+@pytest.mark.parametrize("condition", ["idle_user", "unmetered"])
+def test_a_condition_that_came_later_is_true_or_absent(condition: str) -> None:
+    """So that a manifest has one form, and one that asks for nothing new is of protocol 1, byte for byte."""
+    manifest = VECTORS["v1-manifest"]()
+    assert isinstance(manifest, messages.TaskManifest)
+    plain = wire_builtins(manifest.conditions)
+    assert condition not in plain
+    assert refused(repacked(manifest, v=2, conditions={**plain, condition: False}), messages.TaskManifest)
+    assert refused(repacked(manifest, v=1, conditions={**plain, condition: True}), messages.TaskManifest)
+    newer = repacked(manifest, v=2, conditions={**plain, condition: True})
+    assert wire.unpack(newer, messages.TaskManifest).conditions.grown
+
+
 @pytest.mark.parametrize("chunks", [[], [1, 1], [2, 1], [-1], list(range(65))])
 def test_requests_are_bounded_and_rise(chunks: list[int]) -> None:
     """A device never looks for a chunk twice, nor for more than 64 at once."""

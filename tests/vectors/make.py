@@ -14,6 +14,7 @@ from shared import wire
 from shared.messages import (
     AggregatorStatus,
     BlobRef,
+    Conditions,
     DeviceStatus,
     Gate,
     Graphs,
@@ -115,6 +116,9 @@ VECTORS: dict[str, Callable[[], Wire]] = {
     "v1-aggregator-status": lambda: AggregatorStatus(v=1, session=b"12345678", online=True, version="0.1.0"),
     "v2-root-message": lambda: RootMessage(2, structs.replace(_SIGNED, role=Role.ROOT), _SIGNED),
     "v2-manifest": lambda: _RECORDS.manifest(until=0.95, gate=Gate(drop=0.1, ratio=1.5, reporters=4)),
+    "v2-manifest-conditions": lambda: _RECORDS.manifest(
+        v=2, conditions=Conditions(mains=True, idle_user=True, unmetered=True)
+    ),
     "v2-release": _chunked_release,
     "v2-release-message": lambda: ReleaseMessage(
         2, _SIGNED, structs.replace(_SIGNED, role=Role.AGGREGATOR), Graphs(b"train", b"eval")

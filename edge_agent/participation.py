@@ -18,6 +18,7 @@ has judged it on the local hold-out and found it not clearly worse than the one 
 It must never touch a socket, a disk, a clock or a private key: the shell signs heads and keeps files.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -57,6 +58,8 @@ TASKS_MAX = 64
 """Tasks that one device follows; beyond it a release is refused."""
 STATUS_BURST, STATUS_INTERVAL, STATUS_REFRESH = 3, 300.0, 6 * 3600.0
 """Status messages at once, seconds until one more is allowed, seconds after which it is said again."""
+FACTS_FRESH = 2.0
+"""Seconds for which facts may decide that training starts."""
 CLOCK_SETTLES = 30.0
 """Seconds after which a clock that was set is believed, whatever was before."""
 PROGRESS_INTERVAL = 10.0
@@ -584,6 +587,7 @@ class Participation:
     _packet_max: int | None = None
     _gate: Gatekeeper = field(init=False)
     _bad_data: set[str] = field(default_factory=set)
+    _sensed_at: float = -math.inf
     _warm_until: float | None = None
     _leaving: bool = False
     """The daemon ends."""
@@ -932,7 +936,8 @@ class Participation:
         # The owner's policy says who is eligible; while a task is trained its publisher's conditions hold too.
         manifest = None if self.work is None else self.tasks[self.work.task].manifest
         self.obstacles = obstacles(self.policy, None if manifest is None else manifest.conditions, facts)
-        changed = self._gate.observe(self.obstacles, now.mono, self.work is not None)
+        self._sensed_at = now.mono
+        changed = self._gate.observe(self.obstacles, now.mono, self.work is not None, facts.watched)
         # What stands in the way from the start is no change, but its owner should read of it all the same.
         told = changed or (first and bool(self.obstacles))
         effects: list[Effect] = [EligibilityChanged(self.eligible, self.obstacles)] if told else []
@@ -1011,6 +1016,8 @@ class Participation:
                 continue
             assert task.manifest is not None and task.release is not None and task.offer is not None
             manifest, offer = task.manifest, task.offer
+            if now.mono - self._sensed_at > FACTS_FRESH:
+                return [self._sense()]  # an idle device is looked at seldom, and now it matters
             if now.utc >= manifest.expires or obstacles(self.policy, manifest.conditions, self.facts):
                 continue
             # What may interrupt is looked for more often from now on.

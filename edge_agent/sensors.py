@@ -1,8 +1,8 @@
 """Reads what this device is doing right now from /sys and /proc (or other roots) into DeviceFacts.
 
 A source that is missing, unreadable or garbage gives None, never an exception; edge_agent.eligibility says what None
-means. Every look costs a few small files and nothing is kept open. It decides nothing and writes nothing but the
-operator's pause, which is a file so that it survives a restart.
+means. Every look costs a few small files, well under a millisecond, and nothing is kept open. It decides nothing, and
+writes nothing but the operator's pause and the day's CPU time, which survive a restart in files.
 """
 
 import json
@@ -12,15 +12,23 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 
-from edge_agent.eligibility import DeviceFacts
+from edge_agent.budget import Budget
+from edge_agent.bus import Bus
+from edge_agent.eligibility import DeviceFacts, Question
 from shared.files import write_durably
 from shared.machine import Instant
 
 PAUSE_FILE = "paused.json"
 ECHO = 30.0
 """Seconds for which averages over 10 s still show work of ours that has ended: they fall to 5 % of it."""
+SMOOTH = 3.0
+"""Seconds, at least, over which the CPU use of others is taken: in less than one, two processes are a storm."""
+TRIPS_FRESH = 60.0
+"""Seconds for which trip points are believed: they are many files, and only a driver that is reloaded moves them."""
 
 _SMALL = 65_536
+_TICKS = os.sysconf("SC_CLK_TCK")
+"""Clock ticks in a second."""
 _CHARGING = frozenset({"Charging", "Full", "Not charging"})
 _TRIPS = frozenset({"passive", "hot", "critical"})
 _LATEST = 32_503_680_000
@@ -31,8 +39,10 @@ _CREDIBLE = range(-60_000, 200_000)
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """CPU time since boot in clock ticks: of all CPUs, not idle, and ours."""
+    """CPU time since boot in clock ticks at one moment: of all CPUs, not idle, and ours."""
 
+    at: float
+    """Monotonic seconds."""
     total: int
     busy: int
     ours: int
@@ -41,27 +51,51 @@ class _Use:
 class Sensors:
     """The device's senses. Call `read` from one thread; it remembers the reading before, to tell CPU use."""
 
-    def __init__(self, sys_root: Path, proc_root: Path, state_dir: Path, zone: tzinfo) -> None:
+    def __init__(
+        self,
+        sys_root: Path,
+        proc_root: Path,
+        state_dir: Path,
+        zone: tzinfo,
+        bus: Bus | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self._sys, self._proc, self._state, self._zone = sys_root, proc_root, state_dir, zone
-        self._use: _Use | None = None
+        self._bus, self._budget = bus, budget
+        self._trips: dict[str, tuple[float, list[int]]] = {}
+        """Of each thermal zone: when they were read, and what they were."""
+        self._uses: list[_Use] = []
+        """The last readings: the first is what the newest is compared with."""
         self._others: float | None = None
         self._worked: float | None = None
 
     def read(
-        self, now: Instant, trainer: int | None = None, working: bool = False, trained: float | None = None
+        self,
+        now: Instant,
+        trainer: int | None = None,
+        working: bool = False,
+        trained: float | None = None,
+        asked: frozenset[Question] = frozenset(),
+        watched: bool = False,
     ) -> DeviceFacts:
         """Look at the device at `now`.
 
         `trainer` is the process id of our trainer if one runs, `working` whether it has a job, and `trained` the
-        monotonic seconds at which the last round's training ended.
+        monotonic seconds at which the last round's training ended. What is `asked` of the bus comes with a later look.
+        `watched`: the kernel tells of load; what the bus has to be asked, nobody tells.
         """
         if working:
             self._worked = now.mono
-        mains, has_battery, battery = self._power()
-        temperature, margin = self._heat()
+        mains, has_battery, battery, silent = self._power()
+        wanted = asked if silent else asked - {Question.POWER}
+        said = self._bus.look(wanted, now.mono, working) if self._bus is not None else {}
+        if Question.POWER in said:
+            mains = not said[Question.POWER]
+        temperature, margin = self._heat(now.mono)
         paused, until = self._pause(now.utc)
+        local = datetime.fromtimestamp(now.utc, UTC).astimezone(self._zone)
         return DeviceFacts(
-            local=datetime.fromtimestamp(now.utc, UTC).astimezone(self._zone),
+            local=local,
             mains=mains,
             has_battery=has_battery,
             battery=battery,
@@ -69,7 +103,7 @@ class Sensors:
             memory_pressure=self._pressure("memory"),
             io_pressure=self._pressure("io"),
             load=self._load(),
-            cpu_others=self._cpu_others(trainer),
+            cpu_others=self._cpu_others(now.mono, trainer),
             memory_free=self._memory(),
             disk_free=self._disk(),
             temperature=temperature,
@@ -78,15 +112,22 @@ class Sensors:
             paused=paused,
             paused_until=until,
             since_round=None if trained is None else max(0.0, now.mono - trained),
+            user_idle=said.get(Question.USER),
+            metered=said.get(Question.METERED),
+            budget_used=None if self._budget is None else self._budget.charge(self._cpu_spent(trainer), local.date()),
+            watched=watched and not said and not wanted - {Question.POWER},
         )
 
     # -- power ---------------------------------------------------------------------------------------------------
 
-    def _power(self) -> tuple[bool | None, bool, float | None]:
-        """On mains or charging, whether there is a battery, and the charge of the emptiest one in percent."""
+    def _power(self) -> tuple[bool | None, bool, float | None, bool]:
+        """On mains or charging; whether there is a battery, and the charge of the emptiest one in percent.
+
+        Last, whether /sys knows of no supply of this device, so that another source has the word.
+        """
         supplies = _entries(self._sys / "class/power_supply")
         if supplies is None:
-            return None, False, None
+            return None, False, None, True
         online, batteries, charges, unsure = False, 0, [], False
         has_mains = False
         for supply in supplies:
@@ -110,13 +151,14 @@ class Sensors:
                 unsure = unsure or kind is None
         known = [charge for charge in charges if charge is not None]
         battery = float(min(known)) if known and len(known) == len(charges) else None
-        if not online and not batteries and not has_mains and not unsure:
+        silent = not online and not batteries and not has_mains
+        if silent and not unsure:
             online = True  # whatever has no battery and runs is on mains
-        return (None if unsure and not online else online), batteries > 0, battery
+        return (None if unsure and not online else online), batteries > 0, battery, silent
 
     # -- heat ----------------------------------------------------------------------------------------------------
 
-    def _heat(self) -> tuple[float | None, float | None]:
+    def _heat(self, mono: float) -> tuple[float | None, float | None]:
         """The hottest zone, and the smallest distance of a zone to its lowest trip point, in degrees Celsius."""
         hottest: list[int] = []
         margins: list[int] = []
@@ -125,7 +167,10 @@ class Sensors:
             if value is None or value not in _CREDIBLE:
                 continue
             hottest.append(value)
-            trips = [trip for trip in _trips(zone) if trip in _CREDIBLE and trip > 20_000]
+            read, trips = self._trips.get(zone.name, (None, []))
+            if read is None or mono - read >= TRIPS_FRESH:
+                trips = [trip for trip in _trips(zone) if trip in _CREDIBLE and trip > 20_000]
+                self._trips[zone.name] = mono, trips
             margins += [min(trips) - value] if trips else []
         return (max(hottest) / 1000 if hottest else None), (min(margins) / 1000 if margins else None)
 
@@ -145,31 +190,48 @@ class Sensors:
         value = _float(words[0]) if words else None
         return None if value is None or value < 0 else value / (os.cpu_count() or 1)
 
-    def _cpu_others(self, trainer: int | None) -> float | None:
-        """Percent of all CPUs that others used since the reading before; the last answer if that was just now."""
-        use = self._cpu_use(trainer)
-        before, self._use = self._use, use
-        if use is None or before is None:
+    def _cpu_others(self, mono: float, trainer: int | None) -> float | None:
+        """Percent of all CPUs that others used lately: over SMOOTH seconds, or since the look before if that is longer.
+
+        The last answer stands if that was just now.
+        """
+        use = self._cpu_use(mono, trainer)
+        if use is None:
+            self._uses, self._others = [], None
+            return None
+        # The newest reading that is old enough to compare with, and what came after it.
+        while len(self._uses) > 1 and self._uses[1].at <= mono - SMOOTH:
+            del self._uses[0]
+        if not self._uses:
             self._others = None
-        elif use.total - before.total < 50:
-            self._use = before
+        elif use.total - self._uses[-1].total < 20:
+            return self._others
         else:
-            total = use.total - before.total
+            before = self._uses[0]
             # A trainer that ended leaves its time with its parent; one that was lost never makes ours negative.
             others = (use.busy - before.busy) - max(0, use.ours - before.ours)
-            self._others = min(100.0, max(0.0, 100.0 * others / total))
+            self._others = min(100.0, max(0.0, 100.0 * others / (use.total - before.total)))
+        self._uses.append(use)
         return self._others
 
-    def _cpu_use(self, trainer: int | None) -> _Use | None:
+    def _cpu_use(self, mono: float, trainer: int | None) -> _Use | None:
         for line in _lines(self._proc / "stat")[:1]:
             words = [_whole(word) for word in line.split()[1:9]]
             times = [word for word in words if word is not None]
             ours = [_ticks(self._proc / str(pid)) for pid in (os.getpid(), trainer) if pid is not None]
-            known = [ticks for ticks in ours if ticks is not None]
+            known = [sum(ticks) for ticks in ours if ticks is not None]
             # The first is this process itself: without it, nothing can be told apart.
             if line.startswith("cpu ") and len(times) == len(words) >= 5 and ours[0] is not None:
-                return _Use(sum(times), sum(times) - times[3] - times[4], sum(known))
+                return _Use(mono, sum(times), sum(times) - times[3] - times[4], sum(known))
         return None
+
+    def _cpu_spent(self, trainer: int | None) -> float | None:
+        """CPU-seconds of all trainers of this process so far: of those that have ended, and of the one that runs."""
+        agent = _ticks(self._proc / str(os.getpid()))
+        if agent is None:
+            return None
+        running = None if trainer is None else _ticks(self._proc / str(trainer))
+        return (agent[1] + (sum(running) if running is not None else 0)) / _TICKS
 
     # -- room ----------------------------------------------------------------------------------------------------
 
@@ -270,10 +332,10 @@ def _trips(zone: Path) -> Iterator[int]:
             yield value
 
 
-def _ticks(process: Path) -> int | None:
-    """CPU time of a process and the children it has waited for, in clock ticks."""
+def _ticks(process: Path) -> tuple[int, int] | None:
+    """CPU time of a process, and of the children it has waited for, in clock ticks."""
     # The name, in brackets, may itself hold spaces and brackets.
     fields = (_text(process / "stat") or "").rpartition(")")[2].split()
     times = [_whole(word) for word in fields[11:15]]
     known = [time for time in times if time is not None]
-    return sum(known) if len(known) == 4 else None
+    return (known[0] + known[1], known[2] + known[3]) if len(known) == 4 else None

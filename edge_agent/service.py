@@ -20,13 +20,17 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from edge_agent import clock as clocks
 from edge_agent import control, delivery, download, sensors
 from edge_agent import participation as core
+from edge_agent.budget import Budget
+from edge_agent.bus import Bus, BusSaid
 from edge_agent.child import Settings, Trainer, TrainerExited, TrainerSaid, TrainerWrote, rss
 from edge_agent.config import AgentConfig, zone
 from edge_agent.delivery import Delivery, Waiting
 from edge_agent.download import Downloads
+from edge_agent.eligibility import DeviceFacts, questions
 from edge_agent.jobs import Done, Job, Judge, Source
 from edge_agent.outbox import Damaged, Outbox
 from edge_agent.participation import Effect, Participation, Task
+from edge_agent.pressure import PressureWatch
 from edge_agent.sandbox import Sandbox
 from edge_agent.schedule import Schedule, WindowEdge
 from edge_agent.sensors import Sensors
@@ -81,7 +85,15 @@ class Stop:
 
 
 ServiceEvent = (
-    LinkEvent | TrainerSaid | TrainerWrote | TrainerExited | control.ControlRequest | WindowEdge | core.Event | Stop
+    LinkEvent
+    | TrainerSaid
+    | TrainerWrote
+    | TrainerExited
+    | control.ControlRequest
+    | WindowEdge
+    | BusSaid
+    | core.Event
+    | Stop
 )
 
 
@@ -100,7 +112,6 @@ class Service:
         now = self._clock.at(now)
         self._outbox = Outbox(self._store.outbox)
         self._zone = zone(config.policy.timezone)
-        self._sensors = Sensors(config.device.sys_root, config.device.proc_root, config.device.state_dir, self._zone)
         self._participation = Participation(
             trust=Trust(identity.load_root(config.trust.root)),
             policy=config.policy,
@@ -120,6 +131,14 @@ class Service:
         self._sandbox = Sandbox.open(
             os.environ, config.device.proc_root, config.device.sys_root, config.trainer.memory_max
         )
+        device, policy = config.device, config.policy
+        self._bus = Bus(self.mailbox.post)
+        self._budget = Budget(device.state_dir, policy.cpu_budget)
+        self._sensors = Sensors(
+            device.sys_root, device.proc_root, device.state_dir, self._zone, self._bus, self._budget
+        )
+        limits = {"cpu": policy.cpu_pressure, "memory": policy.memory_pressure, "io": policy.io_pressure}
+        self._pressure = PressureWatch(device.proc_root, limits, lambda: self.mailbox.post(core.Wake()), policy.sense)
         self._threads = config.trainer.threads or max(1, len(os.sched_getaffinity(0)) - 1)
         self._trainer = Trainer(
             self.mailbox.post,
@@ -202,6 +221,7 @@ class Service:
         wait = min(_HEARTBEAT, self._manager.watchdog or _HEARTBEAT)
         self._control.start()
         self._schedule.start(read_clock())
+        self._pressure.start()
         self._link.start()
         self._manager.ready()
         tell(Event.DAEMON_STARTED, device=self._device, version=VERSION)
@@ -225,6 +245,8 @@ class Service:
             self.mailbox.close()  # first: the network thread may wait there for a credit
             self._link.stop()
             self._schedule.stop()
+            self._pressure.stop()
+            self._budget.close()
             self._control.stop()
         tell(Event.DAEMON_STOPPED, device=self._device)
 
@@ -290,6 +312,8 @@ class Service:
             case WindowEdge():
                 self._schedule.plan(now)
                 return self._participation.handle(core.Wake(), now)
+            case BusSaid():
+                return self._participation.handle(core.Wake(), now) if self._bus.told(event, now.mono) else []
             case Stop():
                 if self._stopping:
                     self._driver.stop()  # asked twice: at once
@@ -451,8 +475,7 @@ class Service:
             case core.KeepOffer():
                 pass
             case core.Sense():
-                facts = self._sensors.read(self._now(), self._trainer.pid, effect.working, effect.trained)
-                yield core.Sensed(facts)
+                yield core.Sensed(self._look(effect))
             case core.KeepJob():
                 pass
             case core.DropJob(id=job_id):
@@ -587,6 +610,14 @@ class Service:
                 self._publish(self._topics.device_status(self._device), wire.pack(status), qos=0, retain=True)
             case _:
                 assert_never(effect)
+
+    def _look(self, effect: core.Sense) -> DeviceFacts:
+        """What the sensors read; the bus is asked what the owner or a publisher of a task wants to know."""
+        manifests = [task.manifest for task in self._participation.tasks.values() if task.manifest is not None]
+        asked = questions(self._config.policy, [manifest.conditions for manifest in manifests])
+        return self._sensors.read(
+            self._now(), self._trainer.pid, effect.working, effect.trained, asked, self._pressure.watching
+        )
 
     # -- training --
 
@@ -857,6 +888,7 @@ class Service:
                 {"name": each.name.value, "value": each.value, "threshold": each.threshold, "text": each.text}
                 for each in part.obstacles
             ],
+            "sensing": "by pressure triggers" if self._pressure.watching else f"by the clock: {self._pressure.refusal}",
             "training": None
             if part.work is None
             else {

@@ -14,10 +14,13 @@ from aggregator import ca
 from edge_agent import config as settings
 from edge_agent import delivery
 from edge_agent import participation as core
+from edge_agent.bus import Bus, BusSaid
 from edge_agent.child import TrainerSaid
 from edge_agent.clock import DeviceClock
 from edge_agent.delivery import Update
+from edge_agent.eligibility import Policy
 from edge_agent.jobs import Done
+from edge_agent.pressure import PressureWatch
 from edge_agent.service import Service, Stop, restored
 from edge_agent.store import Kept, Store
 from shared import identity, logs, signing, wire
@@ -59,6 +62,33 @@ def test_a_clock_that_was_set_is_looked_into(service: Service) -> None:
     assert service.mailbox.take(0.0) == []
     service.handle(Stop(15), Instant(NOW.mono + 2, NOW.utc + 86_400))
     assert service.mailbox.take(0.0) == [core.ClockSet()]
+
+
+def test_the_bus_is_asked_what_the_owner_wants_to_know(service: Service, tmp_path: Path) -> None:
+    """By the look of a device whose owner asks for it; an answer that is new has the device looked at again."""
+    program = tmp_path / "busctl"
+    program.write_text('#!/bin/sh\necho \'{"type":"b","data":true}\'\n')
+    program.chmod(0o755)
+    service._bus = service._sensors._bus = Bus(service.mailbox.post, str(program), "unix:path=/nowhere")
+    service._config = structs.replace(service._config, policy=Policy(mains=False, idle_user=True))
+    (sensed,) = service.perform(core.Sense(working=False, trained=None))
+    assert isinstance(sensed, core.Sensed)
+    assert sensed.facts.user_idle is None
+    (said,) = service.mailbox.take(30.0)
+    assert isinstance(said, BusSaid)
+    assert any(isinstance(each, core.Sense) for each in service.handle(said, read_clock()))
+    assert not any(isinstance(each, core.Sense) for each in service.handle(said, read_clock()))
+    (sensed,) = service.perform(core.Sense(working=False, trained=None))
+    assert isinstance(sensed, core.Sensed)
+    assert sensed.facts.user_idle is True
+
+
+def test_status_says_how_load_is_noticed(service: Service) -> None:
+    """By the kernel's triggers, or by the clock and why."""
+    assert service._status(NOW)["sensing"] == "by the clock: not started"
+    service._pressure = PressureWatch(Path("/nowhere"), {}, lambda: None)
+    service._pressure.start()
+    assert service._status(NOW)["sensing"] == "by pressure triggers"
 
 
 def hand(service: Service, topic: str, message: object) -> None:

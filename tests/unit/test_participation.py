@@ -532,6 +532,20 @@ def test_the_publishers_conditions_hold_before_it_trains() -> None:
     assert "Train" in kinds(bench.after(31))
 
 
+def test_an_idle_device_is_looked_at_before_it_starts() -> None:
+    """Where the kernel wakes us for load, the last look is minutes old: what it saw of power decides no start."""
+    bench = Bench(facts=changed(FACTS, watched=True))
+    bench.tell(core.Connected(), Tick(), core.ReleaseArrived("points", MESSAGE))
+    looks = [each for each in bench.after(600) if isinstance(each, core.Sense)]
+    assert len(looks) == 2
+    bench.now = later(5.0, bench.now)
+    bench.facts = changed(FACTS, watched=True, mains=False)
+    assert "Train" not in kinds(bench.offer())
+    assert not bench.machine.eligible
+    bench.facts = changed(FACTS, watched=True)
+    assert "Train" in kinds(bench.after(31))
+
+
 def test_one_update_a_round() -> None:
     """After it is sent, the same round is not trained again, also after a re-issue; the next round is."""
     bench = Bench()

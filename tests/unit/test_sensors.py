@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_agent.eligibility import DeviceFacts, Policy, obstacles
+from edge_agent.budget import Budget
+from edge_agent.bus import Bus
+from edge_agent.eligibility import DeviceFacts, Policy, Question, obstacles
 from edge_agent.sensors import ECHO, PAUSE_FILE, Sensors, pause, resume
 from shared.machine import Instant
 
@@ -152,15 +154,96 @@ def test_cpu_of_a_trainer_that_ended_stays_ours(tree: Tree) -> None:
 
 
 def test_two_looks_at_once_give_the_same_answer(tree: Tree) -> None:
-    """A few ticks are no measurement: the last real one stands, and the next is taken from the look before."""
+    """A few ticks are no measurement: the last real one stands."""
     tree.stat(busy=1000, idle=1000, ours=0)
-    tree.read()
+    tree.read(mono=1000.0)
     tree.stat(busy=1500, idle=1500, ours=0)
-    assert tree.read().cpu_others == pytest.approx(50.0)
+    assert tree.read(mono=1005.0).cpu_others == pytest.approx(50.0)
     tree.stat(busy=1510, idle=1500, ours=0)
-    assert tree.read().cpu_others == pytest.approx(50.0)
-    tree.stat(busy=1600, idle=1500, ours=0)
-    assert tree.read().cpu_others == pytest.approx(100.0)
+    assert tree.read(mono=1005.05).cpu_others == pytest.approx(50.0)
+    tree.stat(busy=1700, idle=1500, ours=0)
+    assert tree.read(mono=1010.0).cpu_others == pytest.approx(100.0)
+
+
+def test_cpu_of_others_is_taken_over_seconds(tree: Tree) -> None:
+    """Looks come every 0.8 s; one of them in which somebody started a program is no storm, several are."""
+    busy, idle, seen = 0, 0, []
+    for look in range(12):
+        storm = look in (3, 7, 8, 9, 10, 11)
+        busy, idle = busy + (160 if storm else 0), idle + (0 if storm else 160)
+        tree.stat(busy=busy, idle=idle, ours=0)
+        seen.append(tree.read(mono=1000.0 + 0.8 * look).cpu_others)
+    assert seen[0] is None
+    assert seen[1:3] == [0.0, 0.0]
+    assert all(share is not None and share <= 100 / 3 + 1e-9 for share in seen[3:7])
+    assert seen[9] == pytest.approx(75.0)
+    assert seen[11] == pytest.approx(100.0)
+
+
+def test_cpu_of_the_trainers_is_charged_to_the_day(tree: Tree) -> None:
+    """The running one's and, once it is gone, what it left with us; each second once."""
+    senses = Sensors(tree.sys, tree.proc, tree.state, UTC, budget=Budget(tree.state, 600.0))
+    tick = os.sysconf("SC_CLK_TCK")
+    used = []
+    for left, running in ((0, 0), (0, 100 * tick), (0, 150 * tick), (150 * tick, None), (150 * tick, 10 * tick)):
+        tree.put(f"proc/{os.getpid()}/stat", f"1 (agent) S {'0 ' * 10}77 3 {left} 0 20 0\n")
+        tree.put("proc/77/stat", f"77 (python) R {'0 ' * 10}{running or 0} 0 0 0 20 0\n")
+        used.append(senses.read(NOW, trainer=None if running is None else 77).budget_used)
+    assert used == [0.0, 100.0, 150.0, 150.0, 160.0]
+
+
+class Said(Bus):
+    """A bus that has answered already."""
+
+    def __init__(self, **answers: bool) -> None:
+        super().__init__(lambda said: None)
+        self.answers = {Question(name): answer for name, answer in answers.items()}
+        self.wanted: frozenset[Question] = frozenset()
+
+    def look(self, wanted: frozenset[Question], mono: float, training: bool = False) -> dict[Question, bool]:
+        """What is wanted of it."""
+        self.wanted = wanted
+        return {each: answer for each, answer in self.answers.items() if each in wanted}
+
+
+ALL = frozenset(Question)
+
+
+def test_the_bus_tells_of_user_and_network(tree: Tree) -> None:
+    """Its answers are facts like any other; a device whose bus is asked must be looked at, as nothing calls."""
+    bus = Said(user=True, metered=False)
+    senses = Sensors(tree.sys, tree.proc, tree.state, UTC, bus)
+    facts = senses.read(NOW, asked=ALL, watched=True)
+    assert (facts.user_idle, facts.metered, facts.watched) == (True, False, False)
+    assert senses.read(NOW, asked=frozenset({Question.POWER}), watched=True).watched
+    assert senses.read(NOW).user_idle is None
+
+
+def test_another_source_of_power_counts_only_where_the_kernel_knows_none(tree: Tree) -> None:
+    """UPower knows of a UPS on USB; it is not asked, nor heard, where /sys has a supply of its own."""
+    bus = Said(power=True)
+    senses = Sensors(tree.sys, tree.proc, tree.state, UTC, bus)
+    facts = senses.read(NOW, asked=ALL, watched=True)
+    assert (facts.mains, facts.watched) == (False, False)
+    bus.answers = {}
+    assert senses.read(NOW, asked=ALL).mains is True
+    bus.answers = {Question.POWER: True}
+    tree.supplies(AC=MAINS)
+    assert senses.read(NOW, asked=ALL).mains is True
+    assert Question.POWER not in bus.wanted
+
+
+def test_trip_points_are_read_now_and_then(tree: Tree) -> None:
+    """The temperature is of now, while its limits, which are many files, may be a minute old."""
+    zone = "sys/class/thermal/thermal_zone0"
+    tree.put(f"{zone}/trip_point_0_type", "passive\n")
+    tree.put(f"{zone}/trip_point_0_temp", "85000\n")
+    tree.put(f"{zone}/temp", "45000\n")
+    assert tree.read(mono=1000.0).heat_margin == 40.0
+    tree.put(f"{zone}/temp", "80000\n")
+    tree.put(f"{zone}/trip_point_0_temp", "70000\n")
+    assert tree.read(mono=1059.0).heat_margin == 5.0
+    assert tree.read(mono=1060.0).heat_margin == -10.0
 
 
 def test_work_echoes_in_the_averages(tree: Tree) -> None:

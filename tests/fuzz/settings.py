@@ -20,7 +20,10 @@ from tests.records import LAYOUT, NOW, Records
 
 _SAMPLES = Path(__file__).parents[2] / "docs" / "samples"
 _TASK = (_SAMPLES / "task.toml").read_text()
-_GATED = _TASK.replace("[conditions]", "until = 0.95\ngate = { drop = 0.1, reporters = 4 }\n\n[conditions]")
+_GATED = _TASK.replace(
+    "[conditions]",
+    "until = 0.95\ngate = { drop = 0.1, reporters = 4 }\n\n[conditions]\nidle_user = true\nunmetered = true",
+)
 SOURCES: dict[str, list[str]] = {
     "agent.toml": [(_SAMPLES / name).read_text() for name in ("agent.toml", "agent.full.toml")],
     "aggregator.toml": [(_SAMPLES / "aggregator.toml").read_text()],

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -443,6 +444,17 @@ class GatekeeperRules(RuleBasedStateMachine):
 
 
 TestGatekeeper = GatekeeperRules.TestCase
+
+
+def test_the_policys_page_names_every_constraint_and_setting() -> None:
+    """docs/howto/policy.md has the obstacles in their order, and says of each which setting decides."""
+    text = (Path(__file__).parents[2] / "docs" / "howto" / "policy.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:3] == "| `"]
+    assert [row[0] for row in rows] == list(Constraint)
+    settings = {name.strip(" `") for row in rows for name in row[2].split(",") if name.strip(" `")}
+    assert settings | {"settle", "patience", "sense", "sense_idle", "sense_training"} == set(Policy.__struct_fields__)
+    judged = constraints(POLICY, None, GOOD)
+    assert all(each.setting.removeprefix("policy.") in {*settings, ""} for each in judged)
 
 
 def test_facts_are_named_once() -> None:

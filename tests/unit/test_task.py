@@ -80,6 +80,20 @@ def test_the_example_loads() -> None:
     assert made.metric == "accuracy"
 
 
+def test_conditions_that_came_later_need_the_later_protocol(tmp_path: Path) -> None:
+    """A task that asks for none of them has the bytes that every device understands, also where it says so."""
+    plain = GOOD.replace("[plan]", "[plan]\ngate = false")
+    older = _manifest(_write(tmp_path, plain))
+    assert older.v == 1
+    said = _manifest(_write(tmp_path, f"{plain}\n[conditions]\nidle_user = false\nunmetered = false"))
+    assert wire.pack(said) == wire.pack(older)
+    for key in ("idle_user", "unmetered"):
+        newer = _manifest(_write(tmp_path, f"{plain}\n[conditions]\n{key} = true"))
+        assert newer.v == 2
+        assert getattr(newer.conditions, key) is True
+        assert wire.unpack(wire.pack(newer), TaskManifest) == newer
+
+
 def test_adam_takes_its_own_settings(tmp_path: Path) -> None:
     """Settings of adam that are given are used, the others keep their defaults."""
     text = GOOD.replace("lr = 0.1", 'optimizer = "adam"\nlr = 0.01\nbeta2 = 0.99\nweight_decay = 0.1')

@@ -49,7 +49,7 @@ from edge_agent import config as agent_settings
 from edge_agent import participation
 from edge_agent.child import TrainerExited, TrainerSaid
 from edge_agent.config import Data
-from edge_agent.eligibility import DeviceFacts, Policy
+from edge_agent.eligibility import DeviceFacts, Policy, Question
 from edge_agent.jobs import Done, Failed, Job, Suspended
 from shared import codec, sealing
 from shared.control import ControlRequest
@@ -358,7 +358,15 @@ class Device(Program):
             self.service.mailbox.post(participation.Wake())
             self.wake()
 
-    def read(self, now: Instant, trainer: int | None, working: bool, trained: float | None) -> DeviceFacts:
+    def read(
+        self,
+        now: Instant,
+        trainer: int | None,
+        working: bool,
+        trained: float | None,
+        asked: frozenset[Question],
+        watched: bool,
+    ) -> DeviceFacts:
         """In the place of the sensors."""
         since = None if trained is None else now.mono - trained
         return replace(self.facts, local=datetime.fromtimestamp(now.utc, UTC), training=working, since_round=since)

@@ -546,6 +546,17 @@ def test_an_idle_device_is_looked_at_before_it_starts() -> None:
     assert "Train" in kinds(bench.after(31))
 
 
+def test_pressure_that_our_own_trainer_makes_stops_nothing() -> None:
+    """The kernel's triggers count every task: what they call for is judged by what others use."""
+    bench = Bench()
+    bench.begin()
+    bench.facts = changed(FACTS, training=True, watched=True, cpu_pressure=99.0, io_pressure=99.0, cpu_others=3.0)
+    bench.tell(core.Wake())
+    assert "StopTraining" not in kinds(bench.after(60))
+    bench.facts = changed(bench.facts, cpu_others=90.0)
+    assert "StopTraining" in kinds(bench.after(16))
+
+
 def test_one_update_a_round() -> None:
     """After it is sent, the same round is not trained again, also after a re-issue; the next round is."""
     bench = Bench()

@@ -12,6 +12,7 @@ import ssl
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,10 @@ class Post(Protocol):
         """Waits for a credit."""
 
 
+_LOOP_LEAST = 0.02
+"""Seconds: a ping that is due is sent after the wait, not before it."""
+
+
 class _Client(Receiver):
     """paho's client as a link needs it."""
 
@@ -157,9 +162,12 @@ class _Client(Receiver):
                 raise
         return sock
 
-    def loop_forever(self, timeout: float = 0.0, retry_first_connection: bool = False) -> MQTTErrorCode:
-        # loop_start() gives no timeout, so paho's default of 1 s would hold. What the owner sends wakes the thread.
-        return super().loop_forever(timeout or self.keepalive / 4, retry_first_connection)
+    def _loop(self, timeout: float = 1.0) -> MQTTErrorCode:
+        # paho would look every second whether a ping is due, or has gone unanswered, instead of once when it is. What
+        # comes, and what the owner sends, wakes the thread anyhow.
+        with self._msgtime_mutex:
+            silent = time.monotonic() - min(self._last_msg_out, self._last_bytes_received)
+        return super()._loop(min(max(_LOOP_LEAST, self.keepalive - silent), self.keepalive))
 
     def waiting(self) -> int:
         """Bytes published with QoS 1 that the broker has not answered."""

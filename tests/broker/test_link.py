@@ -638,3 +638,20 @@ def test_a_callback_that_fails(ear: Open, fleet: Fleet, monkeypatch: pytest.Monk
         until(lambda: service.publish(RECEIPT, b"1") == 0 or None, "a subscriber")
     assert one.next(LinkBroken).cause == "_on_message: KeyError: 'oops'"
     assert one.link.alive
+
+
+def test_an_idle_link_sleeps(ear: Open) -> None:
+    """Its thread wakes for a ping and for the answer, which is some wake-ups in a keep-alive, and the link stays up."""
+    one = ear(keepalive=5)
+    one.start()
+    (thread,) = [each for each in threading.enumerate() if each.name == f"paho-mqtt-client-{DEVICE}"]
+
+    def woken() -> int:
+        text = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+        return int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
+
+    before, end = woken(), time.monotonic() + 16
+    until(lambda: time.monotonic() > end or None, "three keep-alives pass", seconds=30)
+    assert woken() - before <= 10
+    assert one.link.connected
+    assert not any(isinstance(each, LinkDown) for each in one.mailbox.take(0.0))

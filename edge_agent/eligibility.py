@@ -107,7 +107,17 @@ class Constraint(StrEnum):
 TOLERATED = frozenset({Constraint.CPU, Constraint.MEMORY, Constraint.MEMORY_PRESSURE, Constraint.IO, Constraint.DISK})
 """These end the device's eligibility only after `patience`; all others do at once."""
 
-PASSING = frozenset({Constraint.MAINS, Constraint.BATTERY, Constraint.HEAT, Constraint.CPU, Constraint.IO})
+PASSING = frozenset(
+    {
+        Constraint.MAINS,
+        Constraint.BATTERY,
+        Constraint.HEAT,
+        Constraint.CPU,
+        Constraint.IO,
+        Constraint.USER,
+        Constraint.METERED,
+    }
+)
 """These may soon be over, so that it is worth waiting with a trainer that stands still and keeps its memory."""
 
 

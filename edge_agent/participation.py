@@ -28,7 +28,7 @@ from edge_agent import download
 from edge_agent.delivery import Delivery, DropUpdate, Update
 from edge_agent.delivery import Effect as DeliveryEffect
 from edge_agent.download import Coming, Downloads
-from edge_agent.eligibility import PASSING, DeviceFacts, Gatekeeper, Obstacle, Policy, obstacles
+from edge_agent.eligibility import PASSING, DataFacts, DeviceFacts, Gatekeeper, Obstacle, Policy, obstacles
 from edge_agent.jobs import Done, Failed, Judged, Progress, Suspended, Word
 from edge_agent.quality import Quality, refusal
 from shared import chunks, signing, trust, wire
@@ -586,7 +586,8 @@ class Participation:
     delivery: Delivery = field(init=False)
     _packet_max: int | None = None
     _gate: Gatekeeper = field(init=False)
-    _bad_data: set[str] = field(default_factory=set)
+    _data: dict[str, tuple[int | None, str]] = field(default_factory=dict)
+    """Of each data set that was trained on: examples, and why the trainer refused them or ""."""
     _sensed_at: float = -math.inf
     _warm_until: float | None = None
     _leaving: bool = False
@@ -659,6 +660,14 @@ class Participation:
         wanted += [self._speak_at, self._ask_at] if self.connected else []
         wanted += [self.downloads.deadline, self.delivery.deadline]
         return min((each for each in wanted if each is not None), default=None)
+
+    def examples(self, manifest: TaskManifest) -> DataFacts | None:
+        """What is known of the examples for a task; None if this device has no such data set."""
+        name = manifest.data.dataset
+        if name not in self.datasets:
+            return None
+        count, refused = self._data.get(name, (None, ""))
+        return DataFacts(name, manifest.data.min_examples, count, refused)
 
     def _work_deadline(self, work: Work) -> float | None:
         if work.left_by is not None:
@@ -751,7 +760,7 @@ class Participation:
         if self._refresh_at is not None and self._refresh_at <= now.mono:
             self._said = None
             # They may have been mended since, and only a round can tell.
-            self._bad_data.clear()
+            self._data = {name: found for name, found in self._data.items() if not found[1]}
         return effects
 
     def _overdue(self, work: Work, now: Instant) -> list[Effect]:
@@ -1085,6 +1094,8 @@ class Participation:
                 continue
             if position.digest in (task.used, task.refused) or manifest.data.dataset not in self.datasets:
                 continue
+            if now.mono - self._sensed_at > FACTS_FRESH:
+                return [self._sense()]
             id = self.random(16).hex()
             self.judging = Judging(id, task.name, position.digest, now.mono + self.timeout)
             self._warm_until = None
@@ -1145,7 +1156,7 @@ class Participation:
         assert manifest is not None  # a task without one has no work
         head, chunk_size = self._head(work, done)
         task.worked, task.failures = (manifest.version, work.offer.round), 0
-        self._bad_data -= {manifest.data.dataset}
+        self._data[manifest.data.dataset] = (done.examples + done.holdout, "")
         self._rest(now)
         update = Update(
             work.id,
@@ -1194,7 +1205,7 @@ class Participation:
         task.failures += 1
         task.start_at = now.mono + retry
         if reason == "data" and task.manifest is not None:
-            self._bad_data.add(task.manifest.data.dataset)
+            self._data[task.manifest.data.dataset] = (None, detail)
         self._rest(now)
         failed = TrainingFailed(work.id, work.task, work.offer.round, reason, detail, retry)
         # It is begun anew: what went wrong may lie in the checkpoint.
@@ -1214,8 +1225,9 @@ class Participation:
 
     def _status(self) -> PublishStatus:
         names = tuple(dict.fromkeys(obstacle.name.value for obstacle in self.obstacles))
-        names += ("data",) if self._bad_data else ()
-        return PublishStatus(self.eligible, names, tuple(sorted(self.datasets - self._bad_data)), self.protocol)
+        bad = {name for name, (_, refused) in self._data.items() if refused}
+        names += ("data",) if bad else ()
+        return PublishStatus(self.eligible, names, tuple(sorted(self.datasets - bad)), self.protocol)
 
     def _speak(self, now: Instant) -> list[Effect]:
         if not self.connected or self.facts is None:

@@ -552,9 +552,9 @@ def test_pressure_that_our_own_trainer_makes_stops_nothing() -> None:
     bench.begin()
     bench.facts = changed(FACTS, training=True, watched=True, cpu_pressure=99.0, io_pressure=99.0, cpu_others=3.0)
     bench.tell(core.Wake())
-    assert "StopTraining" not in kinds(bench.after(60))
+    assert "FreezeTraining" not in kinds(bench.after(60))
     bench.facts = changed(bench.facts, cpu_others=90.0)
-    assert "StopTraining" in kinds(bench.after(16))
+    assert "FreezeTraining" in kinds(bench.after(16))
 
 
 def test_one_update_a_round() -> None:

@@ -102,6 +102,7 @@ class Constraint(StrEnum):
     METERED = "metered"
     BUDGET = "budget"
     DATA = "data"
+    NO_TRAINER = "no_trainer"
 
 
 TOLERATED = frozenset({Constraint.CPU, Constraint.MEMORY, Constraint.MEMORY_PRESSURE, Constraint.IO, Constraint.DISK})
@@ -159,6 +160,8 @@ class DeviceFacts:
     """Whether the network counts bytes, or probably does."""
     budget_used: float | None = None
     """CPU-seconds of the trainer since midnight."""
+    trainer: bool | None = None
+    """Whether the libraries that the trainer needs are installed; None: only a start can tell."""
     watched: bool = False
     """The kernel wakes us when the pressure rises, so nobody need look for that."""
 
@@ -277,6 +280,7 @@ def constraints(
         _metered(strict, facts),
         _budget(strict, facts),
         _data(data),
+        _no_trainer(facts),
     )
     return tuple(_attributed(each, policy, strict) for each in found)
 
@@ -373,6 +377,10 @@ class _Rule(Enum):
     METERED = (Constraint.METERED, "unmetered", "Metered of NetworkManager", "change network, or {setting} = false")
     BUDGET = (Constraint.BUDGET, "cpu_budget", "/proc, and budget.json", "wait for midnight, or raise {setting}")
     DATA = (Constraint.DATA, "", "the trainer", "add examples, or mend the file that was named")
+    NO_TRAINER = (
+        *(Constraint.NO_TRAINER, "", "the trainer's Python"),
+        "sudo edge-agent trainer install puts it in, and the agent needs no restart",
+    )
 
     def __init__(self, constraint: Constraint, setting: str, source: str, advice: str) -> None:
         self.constraint, self.setting, self.source, self.advice = constraint, setting, source, advice
@@ -544,6 +552,15 @@ def _data(data: DataFacts | None) -> Judgement:
         text = f"the data set {name} was not read yet, {wanted} examples are required"
         return _judged(_Rule.DATA, Verdict.UNKNOWN, None, wanted, text)
     return _judged(_Rule.DATA, count >= wanted, count, wanted, f"{count} examples in {name}, {wanted} are required")
+
+
+def _no_trainer(facts: DeviceFacts) -> Judgement:
+    if facts.trainer is None:
+        return _judged(
+            _Rule.NO_TRAINER, Verdict.UNKNOWN, None, "installed", "only a start tells whether PyTorch is there"
+        )
+    found, text = ("installed", "is") if facts.trainer else ("absent", "is not")
+    return _judged(_Rule.NO_TRAINER, facts.trainer, found, "installed", f"PyTorch {text} installed")
 
 
 def _above(rule: _Rule, value: float | None, limit: float, what: str) -> Judgement:

@@ -462,3 +462,11 @@ def test_facts_are_named_once() -> None:
     told = {"local", "mains", "has_battery", "training", "paused", "watched"}
     blank = DeviceFacts(local=NOON)
     assert {field.name for field in fields(DeviceFacts) if getattr(blank, field.name) is not None} == told
+
+
+@pytest.mark.parametrize(("there", "blocked"), [(True, False), (None, False), (False, True)])
+def test_no_trainer(there: bool | None, blocked: bool) -> None:
+    """A device that surely lacks PyTorch says so and how to get it; where that cannot be told, a start will tell."""
+    found = [each for each in obstacles(Policy(), None, replace(GOOD, trainer=there)) if each.name == "no_trainer"]
+    assert bool(found) is blocked
+    assert not found or "edge-agent trainer install" in found[0].text

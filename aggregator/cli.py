@@ -262,6 +262,13 @@ def _task_list(options: argparse.Namespace) -> int:
     return Exit.OK
 
 
+def _config_migrate(options: argparse.Namespace) -> int:
+    from shared import config, migration
+
+    show(config.migrate(options.config, migration.AGGREGATOR), options.json)
+    return Exit.OK
+
+
 def _told(settings: "AggregatorConfig") -> dict[str, dict[str, object]]:
     """What the running aggregator says of each task; nothing where none runs."""
     import json
@@ -758,6 +765,9 @@ def _parser() -> Parser:
     )  # fmt: skip
     one.add_argument("--to", type=_number, metavar="N", help="the number of the release (see `task show`)")
     _add_task(one)
+
+    settings = _group(groups, "config", "look after the configuration")
+    cli.add_migrate(settings, _config_migrate, _add_config)
     return parser
 
 

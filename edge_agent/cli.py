@@ -16,6 +16,7 @@ from shared.cli import Exit, Failure, Parser, show
 
 if TYPE_CHECKING:
     from edge_agent.config import AgentConfig
+    from edge_agent.install import Trainer
 
 DEFAULT_CONFIG = Path("/etc/fieldfare/agent.toml")
 PAUSE_MAX = 365 * 86_400.0
@@ -145,6 +146,32 @@ def _ask(
     return control.ask(_config(options, files=False).device.run_dir, control.Request(verb, seconds))
 
 
+def _trainer_install(options: argparse.Namespace) -> int:
+    from edge_agent import install
+
+    made = install.install(cli.say, options.index, options.wheels, options.cuda)
+    _show_trainer(made, options)
+    return Exit.OK
+
+
+def _trainer_remove(options: argparse.Namespace) -> int:
+    from edge_agent import install
+
+    _show_trainer(install.remove(cli.say), options)
+    return Exit.OK
+
+
+def _trainer_status(options: argparse.Namespace) -> int:
+    from edge_agent import install
+
+    _show_trainer(install.installed(), options)
+    return Exit.OK
+
+
+def _show_trainer(found: "Trainer", options: argparse.Namespace) -> None:
+    show({"torch": found.version, "tested_with": found.wanted, "missing": list(found.missing)}, options.json)
+
+
 def _config_check(options: argparse.Namespace) -> int:
     from edge_agent import service
     from shared import config
@@ -152,6 +179,13 @@ def _config_check(options: argparse.Namespace) -> int:
     found = _config(options)
     service.check_identity(found)
     show(config.effective(found), options.json)
+    return Exit.OK
+
+
+def _config_migrate(options: argparse.Namespace) -> int:
+    from shared import config, migration
+
+    show(config.migrate(options.config, migration.AGENT), options.json)
     return Exit.OK
 
 
@@ -265,9 +299,59 @@ def _parser() -> Parser:
     one.add_argument("--models", type=Path, metavar="DIR", help="the folder of models (default: the configuration's)")
     _add_config(one)
 
-    group = commands.add_parser("config", help="look at the configuration", description="Look at the configuration.")
+    group = commands.add_parser(
+        "trainer",
+        help="install what training needs",
+        description="Install, remove or show what training needs and the agent's package does not bring: PyTorch.",
+    )
+    trainer = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
     one = cli.add_command(
-        group.add_subparsers(title="commands", metavar="COMMAND", required=True),
+        trainer,
+        "install",
+        _trainer_install,
+        "install PyTorch for the agent",
+        "Install PyTorch and what it needs into the agent's own Python environment, at the versions that this agent "
+        "was tested with, and try it. Needs root, 1.2 GB of disk and, without --wheels, a network. The running agent "
+        "notices by itself.",
+        "sudo edge-agent trainer install",
+        "sudo edge-agent trainer install --wheels /media/usb/wheels",
+    )
+    one.add_argument(
+        "--index",
+        default="https://download.pytorch.org/whl/cpu",
+        metavar="URL",
+        help="where to find the CPU build of PyTorch (default: %(default)s)",
+    )
+    one.add_argument(
+        "--wheels", type=Path, metavar="DIR", help="take everything from this folder of wheels, without a network"
+    )
+    one.add_argument(
+        "--cuda", action="store_true", help="take a build for NVIDIA's GPUs, gigabytes larger, where the index has it"
+    )
+    cli.add_json(one)
+    one = cli.add_command(
+        trainer,
+        "remove",
+        _trainer_remove,
+        "remove PyTorch",
+        "Remove what `edge-agent trainer install` installed. The agent stays, and trains no more.",
+        "sudo edge-agent trainer remove",
+    )
+    cli.add_json(one)
+    one = cli.add_command(
+        trainer,
+        "status",
+        _trainer_status,
+        "say what is installed",
+        "Say which PyTorch is installed for the agent, which one it was tested with, and what is missing.",
+        "edge-agent trainer status",
+    )
+    cli.add_json(one)
+
+    group = commands.add_parser("config", help="look at the configuration", description="Look at the configuration.")
+    settings = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    one = cli.add_command(
+        settings,
         "check",
         _config_check,
         "check the configuration and print all of it",
@@ -277,6 +361,7 @@ def _parser() -> Parser:
     )
     _add_config(one)
     cli.add_json(one)
+    cli.add_migrate(settings, _config_migrate, _add_config)
     return parser
 
 

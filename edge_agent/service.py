@@ -11,14 +11,14 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, assert_never
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from edge_agent import clock as clocks
-from edge_agent import control, delivery, download, sensors
+from edge_agent import control, delivery, download, libraries, sensors
 from edge_agent import participation as core
 from edge_agent.budget import Budget
 from edge_agent.bus import Bus, BusSaid
@@ -73,6 +73,8 @@ _HEARTBEAT = 60.0
 _STORAGE_RETRY = 5.0
 """Seconds until a disk that refused is tried again."""
 _DAY = 86_400.0
+_LACKING = 600.0
+"""Seconds for which a trainer that found no torch is believed, where a look at folders cannot tell."""
 _EXPIRY_WARNING = 30 * _DAY
 """Seconds of a certificate's life that are left when its owner is warned; a third of it, if that is less."""
 
@@ -189,6 +191,7 @@ class Service:
         self._ending = threading.Event()
         """Set by `stop`, for an owner thread that waits for the disk."""
         self._daily_at = now.mono
+        self._lacking_until = 0.0
         self._restore(now)
 
     def _restore(self, now: Instant) -> None:
@@ -304,6 +307,8 @@ class Service:
                 return self._participation.handle(core.TrainerTold(message), now) if pid == self._job_pid else []
             case TrainerWrote(line=line):
                 tell(Event.TRAINER_SAID, line=line)
+                if libraries.lacks_one(line):  # the next look finds it; this job fails by its trainer's end
+                    self._lacking_until = now.mono + _LACKING
                 return []
             case TrainerExited():
                 return self._trainer_exited(event, now)
@@ -615,11 +620,16 @@ class Service:
         """What the sensors read; the bus is asked what the owner or a publisher of a task wants to know."""
         manifests = [task.manifest for task in self._participation.tasks.values() if task.manifest is not None]
         asked = questions(self._config.policy, [manifest.conditions for manifest in manifests])
-        return self._sensors.read(
+        facts = self._sensors.read(
             self._now(), self._trainer.pid, effect.working, effect.trained, asked, self._pressure.watching
         )
+        return replace(facts, trainer=self._has_libraries())
 
     # -- training --
+
+    def _has_libraries(self) -> bool | None:
+        found = libraries.present(self._config.trainer.python)
+        return False if found is None and read_clock().mono < self._lacking_until else found
 
     def _train(self, effect: core.Train) -> Iterable[core.Event]:
         manifest, offer = effect.manifest, effect.offer

@@ -113,6 +113,22 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object for scripts instead of text")
 
 
+def add_migrate(
+    group: "argparse._SubParsersAction[Parser]", command: Command, add_config: Callable[[Parser], None]
+) -> None:
+    """`config migrate`, the same in both commands."""
+    one = add_command(
+        group,
+        "migrate",
+        command,
+        "give settings that were renamed their new names",
+        "Rewrite the configuration and its drop-ins where settings have new names in this version, comments kept, and "
+        "print what was renamed. The upgrade of a package does it; what is up to date stays as it is.",
+    )
+    add_config(one)
+    add_json(one)
+
+
 def guarded(program: str, command: Callable[[], int]) -> int:
     """Run a command and turn every error a user can meet into one line on standard error and an exit code."""
     try:

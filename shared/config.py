@@ -10,10 +10,11 @@ reads the files that settings point to; it only checks that those marked `Readab
 """
 
 import difflib
+import os
 import re
 import tomllib
 import types
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from enum import Enum
 from pathlib import Path
 from typing import (
@@ -33,7 +34,9 @@ from typing import (
 import msgspec
 from msgspec import NODEFAULT, Meta, Struct
 
+from shared import migration
 from shared.errors import ConfigError
+from shared.files import write_durably
 
 PREFIX = "FIELDFARE_"
 FILE_MAX = 1 << 20
@@ -110,6 +113,24 @@ def load(
         if name.startswith(prefix) and "__" in name.removeprefix(prefix):
             reader.override(kind, name, name.removeprefix(prefix).lower().split("__"), (environ or {})[name])
     return cast(C, reader.build(kind, reader.tree, ""))
+
+
+def migrate(path: Path, renames: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """Rewrite `path` and its drop-ins where settings have new names (shared.migration); returns the old ones, by file.
+
+    Each file is replaced whole or not at all, with its owner and mode. ConfigError at the first that needs hands.
+    """
+    renamed = {}
+    for file in [path, *_drop_ins(path)]:
+        _read(file)
+        text, found = migration.migrate(str(file), file.read_text(encoding="utf-8"), renames)
+        if found:
+            before = file.stat()
+            write_durably(file, text.encode())
+            os.chown(file, before.st_uid, before.st_gid)
+            file.chmod(before.st_mode & 0o7777)
+            renamed[str(file)] = found
+    return renamed
 
 
 def effective(config: Struct) -> dict[str, object]:

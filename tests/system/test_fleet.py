@@ -361,6 +361,7 @@ def test_no_torch(running: Running, extra: Callable[..., Device], tmp_path: Path
     said = " ".join(str(line["line"]) for line in device.daemon.read() if line["event"] == "trainer.said")
     assert "No module named 'torch'" in said + failed["detail"]
     assert "release.accepted" in {line["event"] for line in device.daemon.read()}
+    until(lambda: "no_trainer" in {each["name"] for each in device.status()["obstacles"]} or None, "the obstacle")
     assert device.status()["tasks"]["clouds"]["release"] is not None
     running.released(1)
 

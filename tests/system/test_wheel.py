@@ -14,7 +14,7 @@ import pytest
 from shared.version import VERSION
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("shared", "edge_agent", "aggregator", "mosquitto", "systemd")
+FOLDERS = ("shared", "edge_agent", "aggregator", "mosquitto", "systemd", "requirements")
 pytestmark = pytest.mark.system
 
 
@@ -61,7 +61,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def test_wheel_holds_all_and_only_the_packages(installed: Installed) -> None:
     """Every module and template is in the wheel, under three top-level names; no test, example or bytecode is."""
     inside = set(zipfile.ZipFile(installed.wheel).namelist())
-    links = {"mosquitto": "aggregator/_mosquitto", "systemd": "aggregator/_systemd"}
+    links = {
+        "mosquitto": "aggregator/_mosquitto",
+        "systemd": "aggregator/_systemd",
+        "requirements": "edge_agent/_requirements",
+    }
     wanted = set()
     for folder in FOLDERS:
         for root, _, names in os.walk(ROOT / folder):  # does not follow the links

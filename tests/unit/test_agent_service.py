@@ -15,7 +15,7 @@ from edge_agent import config as settings
 from edge_agent import delivery
 from edge_agent import participation as core
 from edge_agent.bus import Bus, BusSaid
-from edge_agent.child import TrainerSaid
+from edge_agent.child import TrainerSaid, TrainerWrote
 from edge_agent.clock import DeviceClock
 from edge_agent.delivery import Update
 from edge_agent.eligibility import Policy
@@ -89,6 +89,27 @@ def test_status_says_how_load_is_noticed(service: Service) -> None:
     service._pressure = PressureWatch(Path("/nowhere"), {}, lambda: None)
     service._pressure.start()
     assert service._status(NOW)["sensing"] == "by pressure triggers"
+
+
+def test_a_trainer_without_torch_is_an_obstacle(service: Service, tmp_path: Path) -> None:
+    """Where only a start can tell that PyTorch is absent, its last words do, until it is worth another try."""
+    (lent := tmp_path / "lent" / "bin").mkdir(parents=True)
+    trainer = structs.replace(service._config.trainer, python=lent / "python")
+    service._config = structs.replace(service._config, trainer=trainer)
+
+    def sensed() -> bool | None:
+        (event,) = service.perform(core.Sense(working=False, trained=None))
+        assert isinstance(event, core.Sensed)
+        return event.facts.trainer
+
+    assert sensed() is None
+    now = read_clock()
+    service.handle(TrainerWrote(1, "Traceback (most recent call last):"), now)
+    assert sensed() is None
+    service.handle(TrainerWrote(1, "ModuleNotFoundError: No module named 'torch'"), now)
+    assert sensed() is False
+    service.handle(TrainerWrote(1, "ModuleNotFoundError: No module named 'torch'"), Instant(now.mono - 601, now.utc))
+    assert sensed() is None
 
 
 def hand(service: Service, topic: str, message: object) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Meta, Struct
 
-from shared.config import FILE_MAX, ReadableFile, Section, effective, load
+from shared.config import FILE_MAX, ReadableFile, Section, effective, load, migrate
 from shared.errors import ConfigError
 
 
@@ -298,3 +298,16 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def test_migration_rewrites_files_in_place(tmp_path: Path) -> None:
+    """File and drop-ins get the new names with their mode kept; a second time there is nothing to do."""
+    main, extra = tmp_path / "a.toml", tmp_path / "a.toml.d" / "b.toml"
+    extra.parent.mkdir()
+    main.write_text("# ours\n[broker]\naddress = 'a'  # old\n")
+    extra.write_text("[broker]\nport = 1\n")
+    main.chmod(0o640)
+    renames = [("broker.address", "broker.host")]
+    assert migrate(main, renames) == {str(main): ["broker.address"]}
+    assert main.read_text() == "# ours\n[broker]\nhost = 'a'  # old\n" and main.stat().st_mode & 0o777 == 0o640
+    assert migrate(main, renames) == {} and extra.read_text() == "[broker]\nport = 1\n"

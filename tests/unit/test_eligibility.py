@@ -452,7 +452,9 @@ def test_the_policys_page_names_every_constraint_and_setting() -> None:
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:3] == "| `"]
     assert [row[0] for row in rows] == list(Constraint)
     settings = {name.strip(" `") for row in rows for name in row[2].split(",") if name.strip(" `")}
-    assert settings | {"settle", "patience", "grace", "sense", "sense_idle", "sense_training"} == set(Policy.__struct_fields__)
+    assert settings | {"settle", "patience", "grace", "sense", "sense_idle", "sense_training"} == set(
+        Policy.__struct_fields__
+    )
     judged = constraints(POLICY, None, GOOD)
     assert all(each.setting.removeprefix("policy.") in {*settings, ""} for each in judged)
 

@@ -12,7 +12,7 @@ ARGS ?=
 # Tests that only compute share all cores; those with real processes and links run after them, one at a time.
 COMPUTED := tests/unit tests/sim tests/fuzz
 
-.PHONY: help setup lint check test demo bench mutants soak format lock wheel clean
+.PHONY: help setup lint check test demo bench mutants soak format lock wheel deb clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ lock: setup ## requirements/lock.txt anew, at the newest versions that pyproject
 
 wheel: setup ## dist/*.whl and the source archive
 	$(BIN)/python -m build --no-isolation --outdir dist .
+
+deb: setup ## dist/fieldfare-*.deb for this Debian and architecture; REVISION=1
+	deploy/deb/build.sh
 
 clean: ## remove what was built (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -26,6 +26,17 @@ missing_packages() { # the Debian packages of what is not there
     if [ "${1:-}" = tests ]; then
         command -v openssl >/dev/null || echo openssl
         command -v systemd-analyze >/dev/null || echo systemd
+        # The Debian packages, and machines to install them on.
+        if command -v apt-get >/dev/null; then
+            command -v dh >/dev/null || echo debhelper
+            command -v dh_virtualenv >/dev/null || echo dh-virtualenv
+            command -v dpkg-buildpackage >/dev/null || echo dpkg-dev
+            command -v fakeroot >/dev/null || echo fakeroot
+            command -v lintian >/dev/null || echo lintian
+            command -v mmdebstrap >/dev/null || echo mmdebstrap
+            command -v systemd-nspawn >/dev/null || echo systemd-container
+            /usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+        fi
     fi
 }
 

@@ -1,0 +1,392 @@
+"""The Debian packages on a real machine: installed, enrolled, trained with, upgraded, misconfigured, purged."""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.deb import contents
+from edge_agent import install
+from edge_agent.libraries import WANTED
+from shared import lock
+from shared.events import Event, message_id_of
+from shared.version import VERSION
+from tests.hostile.daemon import LEASH, until
+from tests.hostile.field import POLICY
+from tests.system.conftest import ROOT, Packages
+from tests.system.machine import Machine
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]  # the first one builds packages and root file system
+
+SITE = Path(sysconfig.get_path("purelib"))
+VENV = "/usr/lib/fieldfare-agent"
+LENT = "/srv/lent"
+needs_same_python = pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="lends torch to Debian 12's Python 3.11")
+
+MODEL = '''
+"""A small net for points in six dimensions."""
+from torch import nn
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+'''
+
+TASK = """
+name = "clouds"
+metric = "accuracy"
+clip = 10.0
+[training]
+optimizer = "sgd"
+lr = 0.01
+batch_size = 8
+epochs = 2
+[data]
+dataset = "clouds"
+inputs = [{ name = "x", dtype = "float32", shape = [6] }]
+target = { name = "y", dtype = "int64", shape = [], classes = 3 }
+[plan]
+goal = 1
+min_updates = 1
+rounds = 3
+deadline = 60
+"""
+
+
+def lend_trainer(machine: Machine) -> None:
+    """What `edge-agent trainer install` would download, as links to this environment's, which the machine can read."""
+    wanted = lock.names(lock.subset((ROOT / "requirements/lock.txt").read_text(), WANTED)) | {"torch", "torchgen"}
+    wanted |= {"functorch", "numpy.libs", "typing_extensions.py"}
+    names = [
+        entry.name
+        for entry in SITE.iterdir()
+        if entry.name in wanted or lock.canonical(entry.name.partition("-")[0]) in wanted
+    ]
+    assert set(WANTED) <= set(names)
+    site = f"{VENV}/lib/python3.11/site-packages"
+    machine.shell("".join(f"ln -s {LENT}/{name} {site}/{name}\n" for name in names))
+
+
+def status(machine: Machine) -> dict[str, Any]:
+    """`edge-agent status --json`."""
+    found: dict[str, Any] = json.loads(machine.run("edge-agent", "status", "--json").stdout)
+    return found
+
+
+def obstacles(machine: Machine) -> set[str]:
+    """What keeps the device from training, by name."""
+    return {each["name"] for each in status(machine)["obstacles"]}
+
+
+def waited(machine: Machine, name: str) -> None:
+    """Wait until the device reports this obstacle, and no other."""
+
+    def found() -> bool | None:
+        ran = machine.run("edge-agent", "status", "--json", check=False)
+        return (
+            True if ran.returncode == 0 and name in {o["name"] for o in json.loads(ran.stdout)["obstacles"]} else None
+        )
+
+    until(found, f"the obstacle {name}")
+
+
+# -- the packages as files -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lintian(packages: Packages) -> Iterator[subprocess.Popen[str]]:
+    """Debian's own checker, at work beside the tests, because it takes a minute."""
+    if shutil.which("lintian") is None:
+        pytest.skip("lintian is not installed")
+    command = [
+        *LEASH,
+        "lintian",
+        "--allow-root",
+        "--tag-display-limit=0",
+        str(packages.agent),
+        str(packages.aggregator),
+    ]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    yield started
+    started.kill()
+    started.wait()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _begin_early(request: pytest.FixtureRequest) -> None:
+    if shutil.which("lintian") is not None:
+        request.getfixturevalue("lintian")
+
+
+def test_every_override_has_its_reason() -> None:
+    """A line that silences lintian stands below a comment that says why."""
+    files = sorted((ROOT / "deploy/deb/debian").glob("*.lintian-overrides"))
+    for file in files:
+        before = ""
+        for line in file.read_text().splitlines():
+            assert line.startswith("#") or before.startswith(("#", line.split(":")[0])), (file.name, line)
+            before = line
+    assert len(files) == 2
+
+
+@pytest.mark.parametrize(("program", "package"), [("edge-agent", "agent"), ("aggregator", "aggregator")])
+def test_manual_and_completions_are_inside(packages: Packages, program: str, package: str, tmp_path: Path) -> None:
+    """The package has the manual page and the completions that tests/unit/test_deb_contents.py judges."""
+    wanted = {f"man/man1/{program}.1.gz": contents.manual(program)}
+    places = {
+        "bash": f"bash-completion/completions/{program}",
+        "zsh": f"zsh/vendor-completions/_{program}",
+        "fish": f"fish/vendor_completions.d/{program}.fish",
+    }
+    wanted |= {place: contents.completion(program, shell) for shell, place in places.items()}
+    subprocess.run(["dpkg-deb", "-x", getattr(packages, package), tmp_path], check=True)
+    for name, text in wanted.items():
+        inside = (tmp_path / "usr/share" / name).read_bytes()
+        assert (gzip.decompress(inside) if name.endswith(".gz") else inside).decode() == text, name
+
+
+# -- a device that is set up, trains, is upgraded and taken down -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def machine(machines: Callable[..., Machine], packages: Packages) -> Machine:
+    """A fresh Debian with both packages installed, and nothing configured."""
+    made = machines("pump", lend={SITE: LENT})
+    packages.install(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def field(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """The same as a whole fleet: broker, aggregator and one device, all running; no torch, and no task yet."""
+    machine.run(
+        "aggregator", "fleet", "init", "/root/fleet", "--name", "test", "--host", "localhost", "--no-passphrase",
+        "--broker-home", "/etc/mosquitto/fieldfare", "--broker-data", "/var/lib/mosquitto",
+        "--broker-user", "mosquitto",
+    )  # fmt: skip
+    machine.shell(
+        """
+        cd /root/fleet
+        install -d -m 700 -o mosquitto -g mosquitto /etc/mosquitto/fieldfare
+        install -m 600 -o mosquitto -g mosquitto -t /etc/mosquitto/fieldfare \
+            broker/{mosquitto.conf,acl,ca.crt,server.crt,server.key}
+        install -m 644 -t /etc/fieldfare aggregator/{aggregator.toml,agg-0.crt,ca.crt,root.msgpack}
+        install -m 600 -t /etc/fieldfare aggregator/{agg-0.key,signing.key}
+        aggregator device add pump-1 --fleet /root/fleet -o /root/pump-1
+        install -m 644 -t /etc/fieldfare /root/pump-1/{agent.toml,device.crt,ca.crt,root.msgpack}
+        install -m 600 -t /etc/fieldfare /root/pump-1/device.key
+        """
+    )
+    machine.write(
+        "/etc/fieldfare/aggregator.toml.d/state.toml", '[state]\ndirectory = "/var/lib/fieldfare-aggregator"\n'
+    )
+    data = '[data.clouds]\npath = "/srv/data/clouds.npz"\n'
+    machine.write("/etc/fieldfare/agent.toml.d/site.toml", f"{POLICY}sense = 1.0\n{data}")
+    dice = np.random.default_rng(1)
+    y = dice.integers(0, 3, 120)
+    points = tmp_path_factory.mktemp("data") / "clouds.npz"
+    np.savez(points, x=(dice.normal(size=(120, 6)) + 3 * np.eye(3, 6)[y]).astype(np.float32), y=y.astype(np.int64))
+    machine.copy_in(points, "/srv/data/clouds.npz")
+    machine.drop_in(
+        "mosquitto.service",
+        "fieldfare",
+        "[Service]\nExecStart=\nExecStart=/usr/sbin/mosquitto -c /etc/mosquitto/fieldfare/mosquitto.conf\n",
+    )
+    machine.run("systemctl", "enable", "--now", "--quiet", "mosquitto")
+    machine.run("systemctl", "enable", "--now", "--quiet", "aggregator", "edge-agent")
+    return machine
+
+
+def test_installation_starts_nothing(machine: Machine) -> None:
+    """The packages bring commands, users, units and a sample of the configuration; what runs is for people to say."""
+    for unit in ("edge-agent", "aggregator"):
+        assert machine.run("systemctl", "is-enabled", unit, check=False).stdout.strip() == "disabled"
+        assert machine.run("systemctl", "is-active", unit, check=False).stdout.strip() == "inactive"
+    for user in ("fieldfare-agent", "fieldfare-aggregator"):
+        assert machine.run("id", "-un", user).stdout.strip() == user
+    for command in ("edge-agent", "aggregator"):
+        assert machine.run(command, "--version").stdout.split() == [command, VERSION]
+        machine.shell(f"source /usr/share/bash-completion/completions/{command}; complete -p {command}")
+    assert "[policy]" in machine.read("/etc/fieldfare/agent.toml")
+    found = json.loads(machine.run("edge-agent", "trainer", "status", "--json").stdout)
+    assert (found["torch"], found["missing"]) == (None, list(WANTED))
+    site = f"{VENV}/lib/python3.11/site-packages"
+    assert not machine.exists(f"{site}/numpy") and not machine.exists(f"{site}/aggregator")
+
+
+def test_without_configuration_it_stays_down(machine: Machine) -> None:
+    """A device that was never enrolled says what is missing, once, and systemd does not try again and again."""
+    machine.run("systemctl", "start", "edge-agent", check=False)
+    until(lambda: machine.show("edge-agent", "ActiveState") == "failed" or None, "the end of the agent")
+    assert (machine.show("edge-agent", "ExecMainStatus"), machine.show("edge-agent", "NRestarts")) in (
+        ("78", "0"),
+        ("243", "0"),  # no key to hand out: systemd's word for a missing credential
+    )
+    machine.run("systemctl", "reset-failed", "edge-agent")
+    ran = machine.run("edge-agent", "config", "check", check=False)
+    assert ran.returncode == 78 and "/etc/fieldfare/agent.toml: broker: is missing" in ran.stderr
+
+
+def test_no_trainer_is_an_obstacle(field: Machine) -> None:
+    """Without torch the agent starts, connects and says what it lacks and how to get it."""
+    field.wait_journal("edge-agent", EVENT="link.up")
+    waited(field, "no_trainer")
+    found = status(field)
+    assert found["link"]["connected"] and not found["eligible"]
+    assert "edge-agent trainer install" in found["obstacles"][0]["text"]
+    assert "edge-agent trainer install" in field.show("edge-agent", "StatusText")
+    assert field.wait_journal("edge-agent", EVENT="device.blocked")["OBSTACLES"]
+
+
+@needs_same_python
+def test_device_trains_and_reports(field: Machine, tmp_path: Path) -> None:
+    """torch comes without a restart; a model published to models/release is trained, and the journal shows it all."""
+    before = field.show("edge-agent", "MainPID")
+    lend_trainer(field)
+    (tmp_path / "net.py").write_text(MODEL)
+    (tmp_path / "task.toml").write_text(TASK)
+    fleet = field.disk / "root/fleet"
+    build = ["release", "build", f"{tmp_path / 'net.py'}:net", "--loss", "cross_entropy", "--fleet", str(fleet)]
+    build += ["--task", str(tmp_path / "task.toml"), "-o", str(field.disk / "root/clouds.release")]
+    ran = subprocess.run([sys.executable, "-m", "aggregator.cli", *build], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    operator = "/root/fleet/operator"
+    field.run(
+        "mosquitto_pub", "-V", "5", "-h", "localhost", "-p", "8883", "--cafile", f"{operator}/ca.crt", "--cert",
+        f"{operator}/operator.crt", "--key", f"{operator}/operator.key", "-r", "-q", "1", "-t", "models/release",
+        "-f", "/root/clouds.release",
+    )  # fmt: skip
+    accepted = field.wait_journal("edge-agent", TASK="clouds", ROUND=1, EVENT="update.answered")
+    assert accepted["OUTCOME"] == "accepted"
+    finished = field.wait_journal("edge-agent", TASK="clouds", ROUND=1, EVENT="training.finished")
+    assert finished["MESSAGE_ID"] == message_id_of(Event.TRAINING_FINISHED)
+    assert finished["_SYSTEMD_UNIT"] == "edge-agent.service" and finished["SYSLOG_IDENTIFIER"] == "edge-agent"
+    assert int(finished["EXAMPLES"]) > 50 and finished["PRIORITY"] == "6"
+    closed = field.wait_journal("aggregator", TASK="clouds", ROUND=1, EVENT="round.closed")
+    assert closed["MESSAGE_ID"] == message_id_of(Event.ROUND_CLOSED)
+    assert field.show("edge-agent", "MainPID") == before and field.show("edge-agent", "NRestarts") == "0"
+    assert "clouds release" in field.show("edge-agent", "StatusText")
+
+
+def newer(package: Path, folder: Path) -> Path:
+    """The same package with a higher revision."""
+    subprocess.run(["dpkg-deb", "-R", package, folder / "tree"], check=True)
+    control = folder / "tree/DEBIAN/control"
+    text = re.sub(r"(?m)^Version: (.*)-\d+$", r"Version: \1-99", control.read_text())
+    control.write_text(text)
+    made = folder / f"{package.name.split('_')[0]}_new.deb"
+    subprocess.run(
+        ["dpkg-deb", "-Znone", "--root-owner-group", "-b", folder / "tree", made], check=True, stdout=subprocess.DEVNULL
+    )
+    return made
+
+
+def test_upgrade_keeps_state(field: Machine, packages: Packages, tmp_path: Path) -> None:
+    """An upgrade in place restarts what runs, and only that; state, outbox, settings and torch stay."""
+    kept = "find /var/lib/fieldfare-agent /etc/fieldfare -type f ! -name clock -printf '%p %s %m %u\\n' | sort"
+    field.run("edge-agent", "pause")
+    before, pid, tasks = field.shell(kept), field.show("edge-agent", "MainPID"), status(field)["tasks"]
+    upgrade = newer(packages.agent, tmp_path)
+    packages.install(field, upgrade)
+    assert field.run("dpkg-query", "-W", "-f", "${Version}", "fieldfare-agent").stdout.endswith("-99")
+    assert field.shell(kept) == before
+    until(lambda: field.show("edge-agent", "ActiveState") == "active" or None, "the agent")
+    assert field.show("edge-agent", "MainPID") != pid
+    after = status(field)
+    assert after["tasks"].keys() == tasks.keys() and after["tasks"]["clouds"]["release"] >= 1
+    assert {each["name"] for each in after["obstacles"]} == {"paused"}
+    assert field.run("systemctl", "is-enabled", "edge-agent").stdout.strip() == "enabled"
+
+    field.run("systemctl", "stop", "edge-agent")
+    packages.install(field, upgrade)
+    assert field.show("edge-agent", "ActiveState") == "inactive"
+    assert field.shell(kept) == before
+    field.run("systemctl", "start", "edge-agent")
+    field.run("edge-agent", "resume")
+
+
+def test_wrong_configuration(field: Machine) -> None:
+    """A wrong setting ends with 78 and is not tried again; the journal's line names file and key."""
+    field.write("/etc/fieldfare/agent.toml.d/zz.toml", "[policy]\nmains = 'perhaps'\n")
+    field.run("systemctl", "start", "edge-agent", check=False)
+    until(lambda: field.show("edge-agent", "ActiveState") == "failed" or None, "the end of the agent")
+    time.sleep(0.1)
+    assert (field.show("edge-agent", "ExecMainStatus"), field.show("edge-agent", "NRestarts")) == ("78", "0")
+    said = [str(line["MESSAGE"]) for line in field.journal("edge-agent")][-8:]
+    assert any("/etc/fieldfare/agent.toml.d/zz.toml: policy.mains" in line for line in said), said
+    field.run("rm", "/etc/fieldfare/agent.toml.d/zz.toml")
+    field.run("systemctl", "restart", "edge-agent")
+
+
+def test_remove_and_purge(field: Machine) -> None:
+    """Removing stops the daemons and keeps what is the owner's; purging leaves nothing but the accounts."""
+    mine = "find / -xdev \\( -name '*fieldfare*' -o -name '*edge-agent*' -o -path '*/systemd/*aggregator*' \\)"
+    ours = f"{mine} -not -path '/root/*' -not -path '/var/log/*' -not -path '/etc/mosquitto/*' -not -path '/proc/*'"
+    assert field.show("edge-agent", "ActiveState") == "active"
+    field.run("apt-get", "remove", "-y", "-q", "fieldfare-agent")
+    assert field.run("pgrep", "-u", "fieldfare-agent", check=False).stdout == ""
+    assert not field.exists(VENV) and not field.exists("/usr/bin/edge-agent")
+    assert field.exists("/var/lib/fieldfare-agent") and field.exists("/etc/fieldfare/device.key")
+    assert field.show("aggregator", "ActiveState") == "active"
+
+    field.run("apt-get", "purge", "-y", "-q", "fieldfare-agent")
+    left = field.shell("ls /etc/fieldfare").split()
+    assert {"aggregator.toml", "ca.crt", "root.msgpack"} <= set(left) and not set(left) & {"agent.toml", "device.key"}
+    field.run("apt-get", "purge", "-y", "-q", "fieldfare-aggregator")
+    assert field.run("pgrep", "-u", "fieldfare-aggregator", check=False).stdout == ""
+    assert field.shell(ours).split() == ["/etc/systemd/system/mosquitto.service.d/fieldfare.conf"]
+    assert field.run("systemctl", "is-system-running", check=False).stdout.strip() == "running"
+
+
+# -- torch for real --------------------------------------------------------------------------------------------------
+
+
+@needs_same_python
+def test_trainer_install_from_a_folder(machines: Callable[..., Machine], packages: Packages, tmp_path: Path) -> None:
+    """`edge-agent trainer install --wheels` lets a device without a network train, and `remove` takes it back."""
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text(lock.subset((ROOT / "requirements/lock.txt").read_text(), WANTED))
+    wheels = tmp_path / "wheels"
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels)]
+    for what in (["-r", str(requirements)], ["--extra-index-url", install.INDEX, f"torch=={install.torch_version()}"]):
+        try:
+            ran = subprocess.run([*pip, *what], capture_output=True, text=True, timeout=90, check=False)
+        except subprocess.TimeoutExpired:
+            pytest.skip("torch could not be downloaded within 90 s")
+        if ran.returncode != 0:
+            pytest.skip(f"the wheels cannot be downloaded here: {ran.stderr[-300:]}")
+    device = machines("spare", lend={wheels: "/srv/wheels"})
+    packages.install(device, packages.agent)
+
+    refused = device.run("setpriv", "--reuid=nobody", "--clear-groups", "edge-agent", "trainer", "install", check=False)
+    assert refused.returncode == 1 and "sudo" in refused.stderr
+    offline = device.run("edge-agent", "trainer", "install", "--index", "http://127.0.0.1:9/simple", check=False)
+    assert offline.returncode == 1 and "cannot be reached" in offline.stderr.splitlines()[-1]
+
+    done = device.run("edge-agent", "trainer", "install", "--wheels", "/srv/wheels", "--json", timeout=300)
+    found = json.loads(done.stdout)
+    assert found["missing"] == [] and found["torch"].startswith(install.torch_version())
+    user = ["setpriv", "--reuid=fieldfare-agent", "--regid=fieldfare-agent", "--clear-groups"]
+    device.run(*user, f"{VENV}/bin/python", "-P", "-m", "edge_agent.trainer", "--help")
+    assert not device.shell(f"ls -A {VENV} | grep trainer || true")
+
+    device.run("edge-agent", "trainer", "remove", timeout=120)
+    found = json.loads(device.run("edge-agent", "trainer", "status", "--json").stdout)
+    assert (found["torch"], found["missing"]) == (None, list(WANTED))
+    assert device.run("edge-agent", "--version").returncode == 0
+
+
+def test_lintian_has_nothing_to_say(lintian: subprocess.Popen[str]) -> None:
+    """Debian's own checker finds nothing that is not overridden with its reason."""
+    said, _ = lintian.communicate(timeout=300)
+    assert lintian.returncode == 0 and not re.search(r"^[EW]: ", said, re.MULTILINE), said

@@ -39,7 +39,7 @@ _PREPARED = (
     'mkdir -p "$1/var/log/journal" "$1/etc/systemd/journald.conf.d"',
     "printf '[Journal]\\nReadKMsg=no\\nRateLimitIntervalSec=0\\nSyncIntervalSec=1s\\n'"
     ' >"$1/etc/systemd/journald.conf.d/tests.conf"',
-    'rm -f "$1/etc/resolv.conf"; echo tests >"$1/etc/hostname"; echo "127.0.0.1 localhost tests" >"$1/etc/hosts"',
+    'rm -f "$1/etc/resolv.conf"',
 )
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CONTROLLERS = ("memory", "cpu", "pids")
@@ -111,6 +111,9 @@ class Machine:
         )
         self.disk = Path(f"/proc/{self._holder.pid}/root/mnt/root")
         """The machine's root directory as this process can reach it, on or off. Absolute links in it lead astray."""
+
+        self.write("/etc/hostname", f"{name}\n")
+        self.write("/etc/hosts", f"127.0.0.1 localhost {name}\n")
 
     # -- power ---------------------------------------------------------------------------------------------------
 

@@ -318,7 +318,7 @@ def test_upgrade_keeps_state(field: Machine, packages: Packages, tmp_path: Path)
 def test_wrong_configuration(field: Machine) -> None:
     """A wrong setting ends with 78 and is not tried again; the journal's line names file and key."""
     field.write("/etc/fieldfare/agent.toml.d/zz.toml", "[policy]\nmains = 'perhaps'\n")
-    field.run("systemctl", "start", "edge-agent", check=False)
+    field.run("systemctl", "restart", "edge-agent", check=False)
     until(lambda: field.show("edge-agent", "ActiveState") == "failed" or None, "the end of the agent")
     time.sleep(0.1)
     assert (field.show("edge-agent", "ExecMainStatus"), field.show("edge-agent", "NRestarts")) == ("78", "0")

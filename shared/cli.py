@@ -15,7 +15,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NoReturn
 
-from shared.errors import ConfigError, FieldfareError, LinkError, RemoteProtocolError
+from shared.errors import ConfigError, EnrolmentError, FieldfareError, LinkError, RemoteProtocolError
 from shared.version import VERSION
 
 
@@ -139,7 +139,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
         return complain(program, error, error.code)
     except ConfigError as error:
         return complain(program, error, Exit.CONFIG)
-    except RemoteProtocolError as error:
+    except (RemoteProtocolError, EnrolmentError) as error:
         return complain(program, error, Exit.REFUSED)
     except LinkError as error:
         return complain(program, error, Exit.UNREACHABLE)

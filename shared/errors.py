@@ -64,6 +64,36 @@ class Reason(StrEnum):
     QUARANTINED = "quarantined"
 
 
+class Refused(StrEnum):
+    """Why a registrar refuses a device, or a device the registrar; it crosses the wire, so a value is never renamed."""
+
+    BAD_REQUEST = "bad_request"
+    TOO_LARGE = "too_large"
+    NOT_FOUND = "not_found"
+    TOO_MANY = "too_many"
+    """For now: the same request may succeed later, as with UNAVAILABLE."""
+    UNAVAILABLE = "unavailable"
+    BAD_TOKEN = "bad_token"
+    """An unknown one or a wrong secret; the answer does not tell which."""
+    TOKEN_EXPIRED = "token_expired"
+    TOKEN_REVOKED = "token_revoked"
+    TOKEN_USED = "token_used"
+    NAME_NEEDED = "name_needed"
+    BAD_NAME = "bad_name"
+    WRONG_NAME = "wrong_name"
+    """Another than the token or the certificate is for."""
+    NAME_TAKEN = "name_taken"
+    BAD_CSR = "bad_csr"
+    BAD_CERTIFICATE = "bad_certificate"
+    BAD_SIGNATURE = "bad_signature"
+    TOO_LATE = "too_late"
+    """The certificate expired so long ago that only a new token helps."""
+    DENIED = "denied"
+    REVOKED = "revoked"
+    WRONG_PIN = "wrong_pin"
+    """Only a device says it: the registrar is not the token's."""
+
+
 class FieldfareError(Exception):
     """The root of the tree; never raised itself."""
 
@@ -119,6 +149,15 @@ class TrainingError(FieldfareError):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+class EnrolmentError(FieldfareError):
+    """A registrar or a device refuses the other's word: nothing has changed; `reason` is the typed one."""
+
+    def __init__(self, reason: Refused, detail: str = "") -> None:
+        super().__init__(f"{reason.value}: {detail}" if detail else reason.value)
         self.reason = reason
         self.detail = detail
 

@@ -13,7 +13,7 @@ import shutil
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -35,12 +35,16 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from aggregator import broker
 from shared import identity, signing, wire
+from shared.enrolment import PORT
 from shared.errors import ConfigError
 from shared.messages import PublisherKey, Role, Root
 from shared.topics import SERVICE_OPERATOR, is_name, shard_client
 
 BROKER_NAME = "_broker"
 """The common name of the broker's certificate; it is for a server alone, so no client has it."""
+
+REGISTRAR_NAME = "_registrar"
+"""Likewise of the registrar's."""
 
 _EARLIER = timedelta(days=2)
 """Certificates are valid from before they were made: the clock of a device that was long without power is behind."""
@@ -152,7 +156,8 @@ def init_fleet(
         _write(made / "aggregator" / "aggregator.toml", _aggregator_toml(fleet).encode())
 
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _issue_server(authority, key.public_key(), _server_names(hosts, loopback), born, days.service)
+        names = _server_names(hosts, loopback)
+        certificate = _issue_server(authority, BROKER_NAME, key.public_key(), names, born, days.service)
         _write(made / "broker" / "ca.crt", ca)
         _write(made / "broker" / "server.crt", _pem(certificate))
         _write_key(made / "broker" / "server.key", key, None)
@@ -223,17 +228,61 @@ def add_device(
     return out
 
 
+def init_registrar(
+    directory: Path,
+    hosts: Sequence[str],
+    out: Path,
+    *,
+    now: float,
+    passphrase: bytes | None,
+    port: int = PORT,
+    bind: str = "",
+    days: int = Days().service,
+    loopback: bool = True,
+) -> Path:
+    """Make the registrar's folder out of a fleet's: its configuration, its server's identity and an open copy of the
+    CA's key; returns `out`. Raises ConfigError.
+
+    `hosts` are its names and addresses as devices reach it. The devices that have bundles go along, so that nobody
+    takes one's name.
+    """
+    if not hosts or not all(_HOST.fullmatch(host) for host in hosts):
+        raise ConfigError("registrar", "host", "needs at least one name or address, as devices reach it")
+    _absent(out)
+    fleet = read_fleet(directory)
+    authority = open_authority(directory, passphrase)
+    born = datetime.fromtimestamp(now, UTC)
+    with _all_or_nothing(out) as made:
+        key = ec.generate_private_key(ec.SECP256R1())
+        names = _server_names(hosts, loopback)
+        certificate = _issue_server(authority, REGISTRAR_NAME, key.public_key(), names, born, days)
+        _write(made / "registrar.crt", _pem(certificate))
+        _write_key(made / "registrar.key", key, None)
+        _write(made / "ca.crt", _pem(authority.certificate))
+        _write_key(made / "ca.key", authority.key, None)
+        _write(made / "root.msgpack", _read(directory / "root" / "root.msgpack"))
+        _write(made / "bundles.pem", b"".join(map(_read, sorted((directory / "devices").glob("*.crt")))))
+        # A broker that is told of a list does not start without one.
+        _write(made / "ca.crl", issue_crl(authority, [], now))
+        _write(made / "registrar.toml", _registrar_toml(fleet, port, bind).encode())
+    return out
+
+
 def open_authority(directory: Path, passphrase: bytes | None) -> Authority:
     """The CA of a fleet's folder, ready to issue; raises ConfigError."""
-    certificate = identity.load_certificate(directory / "ca" / "ca.crt")
-    key = identity.load_key(directory / "ca" / "ca.key", passphrase)
-    if key.public_key() != certificate.public_key():
-        raise ConfigError(str(directory / "ca" / "ca.key"), "", "is not the key of ca.crt beside it")
-    return Authority(certificate, key)
+    return load_authority(directory / "ca" / "ca.crt", directory / "ca" / "ca.key", passphrase)
+
+
+def load_authority(certificate: Path, key: Path, passphrase: bytes | None = None) -> Authority:
+    """A CA by its two files, ready to issue; raises ConfigError."""
+    found = Authority(identity.load_certificate(certificate), identity.load_key(key, passphrase))
+    if found.key.public_key() != found.certificate.public_key():
+        raise ConfigError(str(key), "", f"is not the key of {certificate}")
+    return found
 
 
 def issue_client(
-    authority: Authority, name: str, public: ec.EllipticCurvePublicKey, born: datetime, days: int
+    authority: Authority, name: str, public: ec.EllipticCurvePublicKey, born: datetime, life: timedelta
 ) -> x509.Certificate:
     """A certificate for the client `name`, which is also its alternative name (a DNS name: it takes an underscore).
 
@@ -242,13 +291,42 @@ def issue_client(
     """
     if not is_name(name) and not _SERVICE.fullmatch(name):
         raise _bad_name("client", name)
-    return _issue(authority, name, [x509.DNSName(name)], public, ExtendedKeyUsageOID.CLIENT_AUTH, born, days)
+    return _issue(authority, name, [x509.DNSName(name)], public, ExtendedKeyUsageOID.CLIENT_AUTH, born, life)
+
+
+def issue_crl(authority: Authority, revoked: Iterable[tuple[int, int]], now: float) -> bytes:
+    """The list (PEM) of revoked certificates, as (serial, when).
+
+    It is good as long as the CA: mosquitto turns everybody away once the list has expired.
+    """
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(authority.certificate.subject)
+        .last_update(datetime.fromtimestamp(now, UTC) - _EARLIER)
+        .next_update(authority.certificate.not_valid_after_utc)
+        .add_extension(x509.CRLNumber(int(now)), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
+                authority.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+            ),
+            critical=False,
+        )
+    )
+    for serial, when in revoked:
+        entry = x509.RevokedCertificateBuilder().serial_number(serial)
+        builder = builder.add_revoked_certificate(entry.revocation_date(datetime.fromtimestamp(when, UTC)).build())
+    return builder.sign(authority.key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 def _issue_server(
-    authority: Authority, public: ec.EllipticCurvePublicKey, names: list[x509.GeneralName], born: datetime, days: int
+    authority: Authority,
+    name: str,
+    public: ec.EllipticCurvePublicKey,
+    names: list[x509.GeneralName],
+    born: datetime,
+    days: int,
 ) -> x509.Certificate:
-    return _issue(authority, BROKER_NAME, names, public, ExtendedKeyUsageOID.SERVER_AUTH, born, days)
+    return _issue(authority, name, names, public, ExtendedKeyUsageOID.SERVER_AUTH, born, timedelta(days=days))
 
 
 def _issue(
@@ -258,7 +336,7 @@ def _issue(
     public: ec.EllipticCurvePublicKey,
     usage: x509.ObjectIdentifier,
     born: datetime,
-    days: int,
+    life: timedelta,
 ) -> x509.Certificate:
     issuer = authority.certificate
     return (
@@ -268,7 +346,7 @@ def _issue(
         .public_key(public)
         .serial_number(x509.random_serial_number())
         .not_valid_before(born - _EARLIER)
-        .not_valid_after(min(born + timedelta(days=days), issuer.not_valid_after_utc))
+        .not_valid_after(min(born + life, issuer.not_valid_after_utc))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
@@ -398,7 +476,7 @@ def _write_identity(
     folder: Path, stem: str, name: str, authority: Authority, born: datetime, days: int
 ) -> x509.Certificate:
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate = issue_client(authority, name, key.public_key(), born, days)
+    certificate = issue_client(authority, name, key.public_key(), born, timedelta(days=days))
     _write(folder / f"{stem}.crt", _pem(certificate))
     _write_key(folder / f"{stem}.key", key, None)
     _write(folder / "ca.crt", _pem(authority.certificate))
@@ -494,6 +572,33 @@ root = "root.msgpack"
 signing_key = "signing.key"
 # Names of denied devices, one a line; read again when it changes.
 deny = "deny.txt"
+
+[state]
+directory = "state"
+"""
+
+
+def _registrar_toml(fleet: Fleet, port: int, bind: str) -> str:
+    return f"""\
+# The registrar of the fleet {fleet.name}. Paths are relative to this file's folder.
+
+[listen]
+address = {_quoted(bind)}
+port = {port}
+
+[trust]
+root = "root.msgpack"
+# Names of denied devices. The aggregator's `trust.deny` must name this same file.
+deny = "deny.txt"
+# Certificates of devices that have bundles: whoever enrols cannot take their names.
+bundles = "bundles.pem"
+
+# What devices are told of the broker.
+[broker]
+host = {_quoted(fleet.hosts[0])}
+port = {fleet.port}
+prefix = {_quoted(fleet.prefix)}
+message_max = {fleet.message_max}
 
 [state]
 directory = "state"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from shared import cli
 from shared.cli import Exit, Failure, Parser, say, show
@@ -93,6 +93,168 @@ def _device_add(options: argparse.Namespace) -> int:
         print(f"made the bundle of {options.name}: {out}")
         print("it holds the device's private key: copy it over a safe way, then delete it here")
     return Exit.OK
+
+
+# -- the registrar -----------------------------------------------------------------------------------------------
+
+
+def _registrar_init(options: argparse.Namespace) -> int:
+    from aggregator import ca
+
+    place = ca.init_registrar(
+        options.fleet,
+        options.host,
+        options.output,
+        now=time.time(),
+        passphrase=_opening(options, options.fleet / "ca" / "ca.key"),
+        port=options.port,
+        bind=options.bind,
+    )
+    url = f"https://{f'[{options.host[0]}]' if ':' in options.host[0] else options.host[0]}:{options.port}"
+    if options.json:
+        show({"directory": str(place.absolute()), "url": url}, True)
+        return Exit.OK
+    print(f"made the registrar's folder {place}")
+    print(f"  registrar   aggregator registrar run --config {place / 'registrar.toml'}")
+    print(f"  tokens      aggregator token create --config {place / 'registrar.toml'}")
+    print(f"  devices     edge-agent enrol {url} TOKEN")
+    print(f"{place / 'ca.key'} is the open key of the fleet's CA: who holds it can enrol devices")
+    print(f"the aggregator's trust.deny must name the same file as in {place / 'registrar.toml'}")
+    return Exit.OK
+
+
+def _registrar_run(options: argparse.Namespace) -> int:
+    from aggregator import config, registrar
+
+    registrar.run(config.load_registrar(options.config, os.environ))
+    return Exit.OK
+
+
+def _token_create(options: argparse.Namespace) -> int:
+    from aggregator import registry
+
+    try:
+        registry.labels_of(options.label)
+    except ValueError as error:
+        raise Failure(Exit.USAGE, str(error)) from None
+    found = _ask(
+        options,
+        verb="token create",
+        name=options.name or "",
+        seconds=options.seconds,
+        labels=options.label,
+        again=options.again,
+    )
+    if options.json:
+        show(found, True)
+        return Exit.OK
+    print(found["token"])
+    limit = f" by {found['name']}" if found["name"] else ""
+    say(f"works once{limit}, until {cli.moment(found['expires'])}; who has it can enrol a device: keep it secret")
+    return Exit.OK
+
+
+def _token_list(options: argparse.Namespace) -> int:
+    tokens = _pages(options, "token list", "tokens", "id")
+    if options.json:
+        show({"tokens": tokens}, True)
+        return Exit.OK
+    heads = ("id", "state", "name", "device", "expires", "labels")
+    cli.table(heads, [tuple(_cell(head, token[head]) for head in heads) for token in tokens])
+    return Exit.OK
+
+
+def _token_revoke(options: argparse.Namespace) -> int:
+    show(_ask(options, verb="token revoke", name=options.id), options.json)
+    return Exit.OK
+
+
+def _device_list(options: argparse.Namespace) -> int:
+    devices = _pages(options, "device list", "devices", "device")
+    if options.json:
+        show({"devices": devices}, True)
+        return Exit.OK
+    heads = ("device", "how", "enrolled", "expires", "denied", "labels")
+    cli.table(heads, [tuple(_cell(head, device[head]) for head in heads) for device in devices])
+    return Exit.OK
+
+
+def _device_show(options: argparse.Namespace) -> int:
+    _named_device(options.name)
+    found = _ask(options, verb="device show", name=options.name)
+    if not options.json:
+        found |= {head: _cell(head, found[head]) for head in ("enrolled", "expires")}
+        heads = ("serial", "issued", "expires", "revoked")
+        rows = [tuple(_cell(head, each[head]) for head in heads) for each in found.pop("certificates")]
+    show(found, options.json)
+    if not options.json:
+        print()
+        cli.table(heads, rows)
+    return Exit.OK
+
+
+def _device_label(options: argparse.Namespace) -> int:
+    _named_device(options.name)
+    show(_ask(options, verb="device label", name=options.name, labels=options.label), options.json)
+    return Exit.OK
+
+
+def _device_revoke(options: argparse.Namespace) -> int:
+    from aggregator import config, deny
+    from shared.errors import LinkError
+
+    _named_device(options.name)
+    settings = config.load_registrar(options.config, os.environ, files=False)
+    path = settings.trust.deny
+    try:
+        fresh = deny.add(path, options.name)
+    except OSError as error:
+        raise Failure(Exit.FAILED, f"{path} cannot be written: {error.strerror}; nothing was revoked") from None
+    facts: dict[str, object] = {"device": options.name, "denied": True, "before": not fresh, "deny": str(path)}
+    try:
+        told = _ask(options, verb="denied", name=options.name)
+    except LinkError as error:
+        show(facts | {"crl": None}, options.json)
+        text = f"it is on the deny list; the list for the broker is written when the registrar runs: {error}"
+        return cli.complain("aggregator", text, Exit.TIMED_OUT)
+    show(facts | {"known": told["known"], "crl": told["crl"]}, options.json)
+    if not told["known"]:
+        say(f"no device {options.name} is known here: is the name right? It is denied all the same")
+    return Exit.OK
+
+
+def _ask(options: argparse.Namespace, **request: Any) -> dict[str, Any]:
+    """The running registrar's answer."""
+    from aggregator import config, control
+
+    state = config.load_registrar(options.config, os.environ, files=False).state.directory
+    return control.ask_registrar(state, control.RegistrarRequest(**request))
+
+
+def _pages(options: argparse.Namespace, verb: str, what: str, key: str) -> list[dict[str, Any]]:
+    """All of a list, which comes in pages."""
+    found: list[dict[str, Any]] = []
+    while True:
+        answer = _ask(options, verb=verb, name=found[-1][key] if found else "")
+        found += answer[what]
+        if not answer["more"]:
+            return found
+
+
+def _cell(head: str, value: object) -> object:
+    """One value of a table, for people."""
+    if head in ("expires", "enrolled", "issued", "revoked") and isinstance(value, int):
+        return cli.moment(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return " ".join(f"{key}={each}" for key, each in value.items()) or "-"
+    return "-" if value is None else value
+
+
+def _named_device(name: str) -> None:
+    if not is_name(name):
+        raise Failure(Exit.USAGE, f"{name!r} cannot name a device: a-z, 0-9 and -, at most 63 characters")
 
 
 # -- releases and models -----------------------------------------------------------------------------------------
@@ -600,6 +762,99 @@ def _parser() -> Parser:
     _add_passphrase(one)
     cli.add_json(one)
 
+    one = cli.add_command(
+        device, "list", _device_list, "list the devices that the registrar knows, one a line",
+        "Print one line for each device: how it came in, until when its newest certificate is good, whether it is "
+        "denied. The registrar must run.",
+        "aggregator device list --json",
+    )  # fmt: skip
+    _add_registrar(one)
+    cli.add_json(one)
+    one = cli.add_command(
+        device, "show", _device_show, "say all that the registrar knows of one device",
+        "Print a device's labels and its certificates, newest first. The registrar must run.",
+        "aggregator device show sensor-1",
+    )  # fmt: skip
+    one.add_argument("name", metavar="NAME", help="the device's name")
+    _add_registrar(one)
+    cli.add_json(one)
+    one = cli.add_command(
+        device, "revoke", _device_revoke, "shut a device out, at once",
+        "Put a device on the deny list, which the aggregator and the registrar heed at once, and on the list of "
+        "revoked certificates for the broker. An exit code of 4 means: denied, but no registrar runs to write that "
+        "list. To let it in again, take it off the deny list and give it a new token.",
+        "aggregator device revoke sensor-1",
+    )  # fmt: skip
+    one.add_argument("name", metavar="NAME", help="the device's name")
+    _add_registrar(one)
+    cli.add_json(one)
+    one = cli.add_command(
+        device, "label", _device_label, "set or remove a device's labels",
+        "Set labels of a device; one without a value is removed. The registrar must run.",
+        "aggregator device label sensor-1 site=graz line=3",
+        "aggregator device label sensor-1 line=",
+    )  # fmt: skip
+    one.add_argument("name", metavar="NAME", help="the device's name")
+    one.add_argument("label", nargs="+", metavar="KEY=VALUE", help="a label; KEY= removes it")
+    _add_registrar(one)
+    cli.add_json(one)
+
+    token = _group(groups, "token", "let devices enrol themselves")
+    one = cli.add_command(
+        token, "create", _token_create, "make a token with which one device enrols itself",
+        "Make a join token and print it. It works once, for `edge-agent enrol URL TOKEN`; it is shown now and never "
+        "again. The registrar must run.",
+        "aggregator token create --name sensor-1",
+        "aggregator token create --name 'line3-*' --for 2h --label site=graz",
+    )  # fmt: skip
+    one.add_argument("--name", help="the device's name; or a pattern with * that its name must match (default: any "
+                     "name that is free)")  # fmt: skip
+    one.add_argument("--for", dest="seconds", type=_duration, default=86_400, metavar="TIME",
+                     help="how long it works: a number with s, m, h or d (default: 24h)")  # fmt: skip
+    one.add_argument("--label", action="append", default=[], metavar="KEY=VALUE",
+                     help="a label that the device gets; may be repeated")  # fmt: skip
+    one.add_argument("--again", action="store_true", help="the device takes the place of the one of this name, whose "
+                     "certificates are revoked")  # fmt: skip
+    _add_registrar(one)
+    cli.add_json(one)
+    one = cli.add_command(
+        token, "list", _token_list, "list the tokens, one a line",
+        "Print one line for each token: whether it is open, who used it, until when it works. The registrar must run.",
+        "aggregator token list",
+    )  # fmt: skip
+    _add_registrar(one)
+    cli.add_json(one)
+    one = cli.add_command(
+        token, "revoke", _token_revoke, "take a token back before it is used",
+        "Make an open token useless. What a device got with a used one is taken back by `device revoke`.",
+        "aggregator token revoke abcdefghijkl",
+    )  # fmt: skip
+    one.add_argument("id", metavar="ID", help="the token's id, as in `token list`: the second part of its text")
+    _add_registrar(one)
+    cli.add_json(one)
+
+    registrar = _group(groups, "registrar", "run the service at which devices enrol and renew")
+    one = cli.add_command(
+        registrar, "init", _registrar_init, "make the registrar's folder out of a fleet's",
+        "Make the folder of a registrar: its configuration, its server's certificate, an open copy of the CA's key "
+        "and an empty list of revoked certificates. Nothing is ever overwritten.",
+        "aggregator registrar init --fleet fleet --host registrar.example.org -o registrar",
+    )  # fmt: skip
+    one.add_argument("--host", action="append", required=True, metavar="HOST",
+                     help="name or address of the registrar as devices reach it; may be repeated")  # fmt: skip
+    one.add_argument("--port", type=_port, default=8443, help="where it listens (default: %(default)s)")
+    one.add_argument("--bind", default="", metavar="ADDRESS", help="address it listens on (default: all)")
+    _add_output(one, "the folder to make")
+    _add_fleet(one)
+    _add_passphrase(one)
+    cli.add_json(one)
+    one = cli.add_command(
+        registrar, "run", _registrar_run, "run the registrar",
+        "Run the registrar in the foreground until SIGTERM or SIGINT.",
+        "aggregator registrar run --config registrar/registrar.toml",
+    )  # fmt: skip
+    _add_registrar(one)
+
     release = _group(groups, "release", "build, check and publish models")
     one = cli.add_command(
         release, "build", _release_build, "turn a PyTorch module and a task file into one signed release file",
@@ -817,6 +1072,18 @@ def _add_broker(parser: Parser) -> None:
 def _add_config(parser: Parser) -> None:
     parser.add_argument("--config", type=Path, default=Path("/etc/fieldfare/aggregator.toml"), metavar="FILE",
                         help="the aggregator's configuration (default: %(default)s)")  # fmt: skip
+
+
+def _add_registrar(parser: Parser) -> None:
+    parser.add_argument("--config", type=Path, default=Path("/etc/fieldfare/registrar.toml"), metavar="FILE",
+                        help="the registrar's configuration (default: %(default)s)")  # fmt: skip
+
+
+def _duration(text: str) -> int:
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+    if text[-1:] not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number with s, m, h or d, such as 24h")
+    return _whole(text[:-1], 1, 366 * 86_400 // units[text[-1]]) * units[text[-1]]
 
 
 def _port(text: str) -> int:

@@ -105,6 +105,108 @@ class AggregatorConfig(Section, frozen=True):
         return self.state.directory / "lock"
 
 
+class Listen(Section, frozen=True):
+    """`[listen]`: where the registrar answers, HTTPS with TLS 1.3."""
+
+    address: Annotated[str, Meta(pattern=r"^[A-Za-z0-9.:%_-]*$", max_length=253)] = ""
+    """One of this machine's; every one of them when empty."""
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 8443
+    """Devices are given it in the registrar's URL."""
+    cert: ReadableFile = Path("registrar.crt")
+    """PEM of the server's certificate; it comes from the fleet's CA and names the host of that URL."""
+    key: ReadableFile = Path("registrar.key")
+    """PEM of its private key."""
+
+
+class Authority(Section, frozen=True):
+    """`[ca]`: what certificates are issued with."""
+
+    cert: ReadableFile = Path("ca.crt")
+    """PEM of the fleet's CA."""
+    key: ReadableFile = Path("ca.key")
+    """PEM of its private key, not encrypted: root's alone on disk, a credential for the registrar."""
+
+
+class RegistrarTrust(Section, frozen=True):
+    """`[trust]`: what devices pin, and who may not come in."""
+
+    root: ReadableFile = Path("root.msgpack")
+    """The fleet's signed root record, handed to each device."""
+    deny: Path = Path("deny.txt")
+    """Names of denied devices, one a line: the same file as the aggregator's. An absent file denies nobody."""
+    bundles: ReadableFile | None = None
+    """PEM of certificates that devices got in bundles, read at the start: their names are taken."""
+
+
+class BrokerTold(Section, frozen=True):
+    """`[broker]`: what devices are told of the broker; the registrar itself never connects to it."""
+
+    host: Annotated[str, Meta(min_length=1, max_length=253, description="the broker's host name or address in quotes")]
+    """Must be in the broker's certificate."""
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 8883
+    """The port registered for MQTT over TLS."""
+    prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,32}(/[A-Za-z0-9_-]{1,32}){0,3}$")] = "fl"
+    """Of every topic but the models'."""
+    message_max: Annotated[int, Meta(ge=65_536, le=268_435_455)] = 64 << 20
+    """Bytes of one message."""
+
+
+class Certificates(Section, frozen=True):
+    """`[certificates]`: how long what is issued lives. Whole seconds."""
+
+    lifetime: Annotated[int, Meta(ge=2, le=10 * 366 * 86_400)] = 30 * 86_400
+    """Renewed at two thirds. A shorter one bounds what a stolen key is worth, where the broker has no list."""
+    renewable: Annotated[int, Meta(ge=0, le=10 * 366 * 86_400)] = 180 * 86_400
+    """After its end: so long may a device be switched off and still come back by itself."""
+
+
+class RegistrarState(Section, frozen=True):
+    """`[state]`: what must survive a restart."""
+
+    directory: Path = Path("/var/lib/fieldfare-registrar")
+    """The registry and the control socket; made with mode 0700 where it is absent."""
+    crl: Path | None = None
+    """Where the list of revoked certificates is written for the broker; by default ca.crl in the directory."""
+
+
+class RegistrarLimits(Section, frozen=True):
+    """`[limits]`: what strangers may cost."""
+
+    connections: Annotated[int, Meta(ge=1, le=10_000)] = 128
+    """Open at a time."""
+    address_connections: Annotated[int, Meta(ge=1, le=10_000)] = 32
+    """Of one address, likewise, so that one cannot keep all others out."""
+    address_burst: Annotated[int, Meta(ge=1, le=100_000)] = 100
+    """Connections of one address at once. A site behind one address enrols so many devices in one go."""
+    address_rate: Annotated[float, Meta(gt=0, le=10_000)] = 1.0
+    """A second, for one address, after that."""
+    seconds: Annotated[float, Meta(gt=0, le=300)] = 10.0
+    """From a connection's first byte to its last."""
+
+
+class RegistrarConfig(Section, frozen=True):
+    """All of registrar.toml; every path in it is absolute once loaded."""
+
+    broker: BrokerTold
+    listen: Listen = Listen()
+    ca: Authority = Authority()
+    trust: RegistrarTrust = RegistrarTrust()
+    certificates: Certificates = Certificates()
+    state: RegistrarState = RegistrarState()
+    limits: RegistrarLimits = RegistrarLimits()
+    log: LogSection = LogSection()
+
+    @property
+    def crl(self) -> Path:
+        """Where the list of revoked certificates is."""
+        return self.state.crl or self.state.directory / "ca.crl"
+
+
+def load_registrar(path: Path, environ: Mapping[str, str] | None = None, files: bool = True) -> RegistrarConfig:
+    """The registrar's settings from `path`, its drop-ins and `environ`; raises ConfigError."""
+    return config.load(path, RegistrarConfig, environ, files=files)
+
+
 def load(path: Path, environ: Mapping[str, str] | None = None) -> AggregatorConfig:
     """The aggregator's settings from `path`, its drop-ins and `environ`; raises ConfigError."""
     return config.load(path, AggregatorConfig, environ)

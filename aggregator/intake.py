@@ -16,6 +16,7 @@ from cryptography import x509
 from aggregator import coordinator as core
 from aggregator import validate
 from aggregator.config import Limits
+from aggregator.deny import DenyList
 from aggregator.fold import Fold, Vector
 from aggregator.ports import Blobs, Contribution, Store
 from aggregator.quarantine import fingerprint
@@ -23,7 +24,7 @@ from aggregator.reassembler import Bounds
 from aggregator.round import DUPLICATE, Verdict
 from shared import codec, identity, sealing, wire
 from shared.driver import read_clock
-from shared.errors import ConfigError, LocalProtocolError, Reason, RemoteProtocolError
+from shared.errors import LocalProtocolError, Reason, RemoteProtocolError
 from shared.events import Event
 from shared.identity import VerifiedDevice
 from shared.layout import FLOATING, size
@@ -78,7 +79,7 @@ class Intake:
         store: Store,
         blobs: Blobs,
         ca: Sequence[x509.Certificate],
-        deny: "DenyList",
+        deny: DenyList,
         key_file: Callable[[str, int, int], Path],
         counts: Counter[str],
     ) -> None:
@@ -208,30 +209,6 @@ class Intake:
         self.folds[key] = fold
         tell(Event.FOLD_REBUILT, task=manifest.task, round=number, updates=len(rows))
         return fold
-
-
-class DenyList:
-    """Names of denied devices, read again when the file changes."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path, self._seen = path, (0, 0)
-        self._names: frozenset[str] = frozenset()
-
-    def has(self, device: str) -> bool:
-        """Whether a device is denied; ConfigError if the list cannot be read."""
-        if self._path is None:
-            return False
-        try:
-            stat = self._path.stat()
-            if (stat.st_mtime_ns, stat.st_size) != self._seen:
-                self._names = frozenset(self._path.read_text(encoding="utf-8").split())
-                self._seen = (stat.st_mtime_ns, stat.st_size)
-        except FileNotFoundError:
-            return False
-        except (OSError, UnicodeDecodeError) as error:
-            # Nobody may count whom it might deny, so this ends the daemon and not just one update.
-            raise ConfigError(str(self._path), "trust.deny", f"cannot be read: {error}") from None
-        return device in self._names
 
 
 def sizes_of(manifest: TaskManifest) -> list[int]:

@@ -20,9 +20,10 @@ from aggregator import coordinator as core
 from aggregator.blobs import Blobs
 from aggregator.config import AggregatorConfig
 from aggregator.coordinator import Coordinator, Effect, Task
+from aggregator.deny import DenyList
 from aggregator.distribution import Distribution
 from aggregator.download import Downloads
-from aggregator.intake import DenyList, Intake
+from aggregator.intake import Intake
 from aggregator.ports import BlobLost, Contribution, StoredRelease, StoredTask
 from aggregator.quarantine import Quarantine
 from aggregator.reassembler import Reassembler

@@ -14,6 +14,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from shared.errors import ConfigError, FieldfareError, LocalProtocolError, StorageError
 from shared.files import sync_folder
 
+REGISTRY = "registry.db"
+"""The registrar's file, which no `aggregator backup` holds."""
 SMALL = 64 << 20
 """Bytes of a file that is checked at every start: that takes well under a second."""
 _PASSING = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM}
@@ -69,11 +71,10 @@ def check(path: Path, connection: sa.Connection) -> None:
 
 def damaged(path: Path, detail: str) -> ConfigError:
     """Nothing in the file can be trusted any more, and it takes a person to decide what to lose."""
-    return ConfigError(
-        str(path),
-        "",
-        f"is damaged ({detail}): `aggregator restore FILE --force` sets it aside and begins from a backup",
-    )
+    remedy = "`aggregator restore FILE --force` sets it aside and begins from a backup"
+    if path.name == REGISTRY:
+        remedy = "put a copy of it back, or move it away: then tokens are lost, and devices keep their certificates"
+    return ConfigError(str(path), "", f"is damaged ({detail}): {remedy}")
 
 
 def copy(source: Path, target: Path) -> None:

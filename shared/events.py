@@ -74,6 +74,13 @@ class Event(StrEnum):
     MESSAGE_QUARANTINED = "message.quarantined"
     RELEASE_PUBLISHED = "release.published"
     TASK_FINISHED = "task.finished"
+    # the registrar
+    DEVICE_ENROLLED = "device.enrolled"
+    DEVICE_RENEWED = "device.renewed"
+    DEVICE_REVOKED = "device.revoked"
+    ENROLMENT_REFUSED = "enrolment.refused"
+    TOKEN_CREATED = "token.created"
+    TOKEN_REVOKED = "token.revoked"
 
 
 _LEVELS: Mapping[Event, str] = {
@@ -97,6 +104,8 @@ _LEVELS: Mapping[Event, str] = {
     Event.RELEASE_MISSED: "warning",
     Event.RELEASE_DAMAGED: "error",
     Event.TASK_RECOVERED: "warning",
+    Event.DEVICE_REVOKED: "warning",
+    Event.ENROLMENT_REFUSED: "warning",
 }
 
 

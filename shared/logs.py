@@ -255,6 +255,8 @@ class _FromLibraries(logging.Handler):
             text = record.getMessage()
         except (TypeError, ValueError):
             text = str(record.msg)
+        if record.exc_info and record.exc_info[1] is not None:
+            text = f"{text.strip()}: {type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
         level = "error" if record.levelno >= logging.ERROR else "warning"
         logger = structlog.get_logger()
         getattr(logger, level)(Event.LIBRARY_SAID, library=record.name, text=text)

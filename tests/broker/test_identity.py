@@ -314,7 +314,7 @@ def test_no_such_name_is_issued(fleet: Fleet, name: str) -> None:
     """Names with a slash are the one thing that the ACL cannot hold off, so the CA signs none."""
     key = ec.generate_private_key(ec.SECP256R1()).public_key()
     with pytest.raises(ConfigError, match="beginning with a letter"):
-        ca.issue_client(ca.open_authority(fleet.folder, None), name, key, NOW, 30)
+        ca.issue_client(ca.open_authority(fleet.folder, None), name, key, NOW, timedelta(days=30))
 
 
 @pytest.mark.parametrize("name", ["_agg-1", "_aggregator", "_broker", "_operator2", "models", "release", "up", "0"])

@@ -56,7 +56,7 @@ def _refused(der: bytes, authority: ca.Authority, at: float = AT) -> str:
 def test_a_device_of_the_fleet(authority: ca.Authority) -> None:
     """A certificate that the CA issued gives its name, key, end and serial number."""
     key = ec.generate_private_key(ec.SECP256R1())
-    issued = ca.issue_client(authority, "dev-1", key.public_key(), BORN, 30)
+    issued = ca.issue_client(authority, "dev-1", key.public_key(), BORN, timedelta(days=30))
     found = identity.verify_device(issued.public_bytes(Encoding.DER), [authority.certificate], AT)
     assert found.name == "dev-1"
     assert found.public_key == key.public_key()

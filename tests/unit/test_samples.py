@@ -9,7 +9,10 @@ from aggregator import task
 from edge_agent import config as agent_config
 
 SAMPLES = Path(__file__).parents[2] / "docs/samples"
-NEEDED = ("ca.crt", "device.crt", "device.key", "agg-0.crt", "agg-0.key", "signing.key", "root.msgpack")
+NEEDED = (
+    *("ca.crt", "device.crt", "device.key", "agg-0.crt", "agg-0.key", "signing.key", "root.msgpack"),
+    *("ca.key", "registrar.crt", "registrar.key", "bundles.pem"),
+)
 
 
 @pytest.mark.parametrize("sample", sorted(SAMPLES.iterdir()), ids=lambda path: path.name)
@@ -24,6 +27,8 @@ def test_sample_loads(tmp_path: Path, sample: Path) -> None:
             assert agent_config.load(copy).broker.host
         case ["aggregator", *_, "toml"]:
             assert aggregator_config.load(copy).broker.host
+        case ["registrar", *_, "toml"]:
+            assert aggregator_config.load_registrar(copy).broker.host
         case ["task", *_, "toml"]:
             assert task.load(copy).name
         case _:

@@ -59,7 +59,7 @@ class Admission:
         self._networks.move_to_end(network)
         found.credit = min(float(self._burst), found.credit + self._rate * max(0.0, mono - found.at))
         found.at = mono
-        if self._open >= self._total or found.open >= self._each or found.credit <= -self._burst:
+        if self._open >= self._total or found.open >= self._each or found.credit - 1 < -self._burst:
             return "drop"
         found.credit -= 1
         found.open += 1

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from shared.errors import ConfigError, LinkError, LocalProtocolError
 
@@ -27,10 +27,14 @@ _OVERHEAD = 128 << 10
 _TEMPLATES = Path(__file__).parent / "_mosquitto"
 _PREFIX = re.compile(r"[a-zA-Z0-9_-]{1,32}(/[a-zA-Z0-9_-]{1,32}){0,3}")
 _START_SECONDS = 10.0
+_DESCRIPTORS = 65_536
 
 
 class _Template(string.Template):
     delimiter = "@"  # `$SYS` is a topic and `%u` a pattern
+
+
+Version = Literal["2.0", "2.1"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,10 @@ class Settings:
     """Bytes of the largest payload."""
     queued_max: int = 1 << 30
     """Bytes that may wait for one client."""
+    version: Version = "2.0"
+    """Of mosquitto; what is rendered for 2.0 also starts 2.1."""
+    crl: bool = False
+    """Whether ca.crl lies in `home` too: without the file mosquitto would not start then."""
     autosave: int = 300
     """Seconds between two savings of the state; not below 300 in a fleet, because saving stalls the broker."""
 
@@ -67,12 +75,57 @@ def render(settings: Settings) -> dict[str, str]:
         "listener": f"{settings.port} {_word('bind', settings.bind)}".strip(),
         "user": _word("user", settings.user),
         "prefix": settings.prefix,
+        "protocols": f"{'' if settings.version == '2.1' else '#'}accept_protocol_versions 5",
+        "crlfile": f"{'' if settings.crl else '#'}crlfile {_path(settings.home)}/ca.crl",
         "message_max": f"{settings.message_max:,}",
         "packet_max": str(settings.message_max + _OVERHEAD),
         "queued_max": str(settings.queued_max),
         "autosave": str(settings.autosave),
     }
     return {name: _Template(_template(name)).substitute(values) for name in ("mosquitto.conf", "acl")}
+
+
+def render_units(settings: Settings, crl: PurePath | None = None) -> dict[str, str]:
+    """What makes systemd's own mosquitto.service run this configuration, by file name.
+
+    `crl` is where the registrar writes its list on the broker's host; then two more units hand it on when it changes.
+    """
+    home = _unit_path(settings.home)
+    command = f"/usr/bin/install -m 0644 {_unit_path(crl)} {home}/ca.crl" if crl is not None else ""
+    first = f"ExecStartPre=+{command}\n" if crl is not None else ""
+    units = {
+        "mosquitto.service.d/fieldfare.conf": f"""\
+# /etc/systemd/system/mosquitto.service.d/fieldfare.conf: `aggregator broker render` wrote it.
+[Service]
+{first}ExecStart=
+ExecStart=/usr/sbin/mosquitto -c {home}/mosquitto.conf
+# A descriptor for each client; the usual 1024 turn the next device away.
+LimitNOFILE={_DESCRIPTORS}
+"""
+    }
+    if crl is not None:
+        units["fieldfare-crl.path"] = f"""\
+# /etc/systemd/system/fieldfare-crl.path: `aggregator broker render` wrote it.
+[Unit]
+Description=Watch the list of revoked Fieldfare devices
+
+[Path]
+PathChanged={_unit_path(crl)}
+
+[Install]
+WantedBy=multi-user.target
+"""
+        units["fieldfare-crl.service"] = f"""\
+# /etc/systemd/system/fieldfare-crl.service: `aggregator broker render` wrote it.
+[Unit]
+Description=Give the broker the list of revoked Fieldfare devices
+
+[Service]
+Type=oneshot
+ExecStart={command}
+ExecStart=/usr/bin/systemctl try-reload-or-restart mosquitto.service
+"""
+    return units
 
 
 def free_port() -> int:
@@ -175,6 +228,14 @@ def _path(path: PurePath) -> str:
     text = str(path)
     if any(ord(letter) < 32 for letter in text) or text != text.strip() or not path.is_absolute():
         raise ConfigError(text, "", "must be an absolute path without control characters")
+    return text
+
+
+def _unit_path(path: PurePath) -> str:
+    # systemd splits at blanks and replaces what follows a %.
+    text = _path(path)
+    if not re.fullmatch(r"/[A-Za-z0-9._/+@=-]*", text):
+        raise ConfigError(text, "", "must be of a-z A-Z 0-9 . _ / + @ = - to stand in a unit")
     return text
 
 

@@ -268,6 +268,48 @@ def init_registrar(
     return out
 
 
+def render_broker(
+    directory: Path,
+    out: Path,
+    *,
+    home: PurePath,
+    data: PurePath,
+    user: str,
+    bind: str = "",
+    version: broker.Version = "2.0",
+    crl: PurePath | None = None,
+) -> Path:
+    """Make the folder of a fleet's broker anew, for a mosquitto that its distribution starts; returns `out`.
+
+    `home` is where its files will lie and `data` where it keeps its state, on its host. With `crl`, where the registrar
+    writes its list on that host, it turns revoked certificates away. Raises ConfigError.
+    """
+    _absent(out)
+    fleet = read_fleet(directory)
+    settings = broker.Settings(
+        home=home,
+        data=data,
+        port=fleet.port,
+        bind=bind,
+        user=user,
+        prefix=fleet.prefix,
+        message_max=fleet.message_max,
+        version=version,
+        crl=crl is not None,
+    )
+    rendered, units = broker.render(settings), broker.render_units(settings, crl)
+    with _all_or_nothing(out) as made:
+        for name in ("ca.crt", "server.crt", "server.key"):
+            data_of = _read(directory / "broker" / name)
+            _write(made / name, data_of, _PRIVATE if name.endswith(".key") else _PUBLIC)
+        _write(made / "mosquitto.conf", rendered["mosquitto.conf"].encode())
+        _write(made / "acl", rendered["acl"].encode(), _PRIVATE)
+        (made / "systemd").mkdir(mode=0o700)
+        for name, text in units.items():
+            _write(made / "systemd" / name, text.encode())
+    return out
+
+
 def open_authority(directory: Path, passphrase: bytes | None) -> Authority:
     """The CA of a fleet's folder, ready to issue; raises ConfigError."""
     return load_authority(directory / "ca" / "ca.crt", directory / "ca" / "ca.key", passphrase)

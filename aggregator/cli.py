@@ -130,6 +130,35 @@ def _registrar_run(options: argparse.Namespace) -> int:
     return Exit.OK
 
 
+def _broker_render(options: argparse.Namespace) -> int:
+    from aggregator import ca
+
+    out = ca.render_broker(
+        options.fleet,
+        options.output,
+        home=options.home,
+        data=options.data,
+        user=options.user,
+        bind=options.bind,
+        version=options.mosquitto,
+        crl=options.crl,
+    )
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    if options.json:
+        show({"directory": str(out.absolute()), "files": files, "home": str(options.home)}, True)
+        return Exit.OK
+    print(f"made {out} for mosquitto {options.mosquitto}; on its host, as root:")
+    print(f"  install -d -m 700 -o {options.user} -g {options.user} {options.home}")
+    print(
+        f"  install -m 600 -o {options.user} -g {options.user} {out}/{{mosquitto.conf,acl,*.crt,*.key}} {options.home}/"
+    )
+    print(f"  cp -r {out}/systemd/. /etc/systemd/system/ && systemctl daemon-reload")
+    if options.crl is not None:
+        print("  systemctl enable --now fieldfare-crl.path")
+    print("  systemctl restart mosquitto")
+    return Exit.OK
+
+
 def _token_create(options: argparse.Namespace) -> int:
     from aggregator import registry
 
@@ -831,6 +860,27 @@ def _parser() -> Parser:
     )  # fmt: skip
     one.add_argument("id", metavar="ID", help="the token's id, as in `token list`: the second part of its text")
     _add_registrar(one)
+    cli.add_json(one)
+
+    broker = _group(groups, "broker", "configure the fleet's broker")
+    one = cli.add_command(
+        broker, "render", _broker_render, "write what a distribution's mosquitto needs to be the fleet's broker",
+        "Make a folder with mosquitto.conf, the ACL, the broker's certificate and key, and a drop-in for "
+        "mosquitto.service; with --crl also the units that hand the list of revoked certificates on when it changes.",
+        "aggregator broker render --fleet fleet -o broker",
+        "aggregator broker render -o broker --mosquitto 2.1 --crl /var/lib/fieldfare-registrar/ca.crl",
+    )  # fmt: skip
+    _add_output(one, "the folder to make")
+    one.add_argument("--mosquitto", choices=("2.0", "2.1"), default="2.0", help="its version (default: %(default)s)")
+    one.add_argument("--home", type=Path, default=Path("/etc/mosquitto/fieldfare"), metavar="DIR",
+                     help="where the files will lie on its host (default: %(default)s)")  # fmt: skip
+    one.add_argument("--data", type=Path, default=Path("/var/lib/mosquitto"), metavar="DIR",
+                     help="where it keeps its state there (default: %(default)s)")  # fmt: skip
+    one.add_argument("--user", default="mosquitto", help="who runs it there (default: %(default)s)")
+    one.add_argument("--bind", default="", metavar="ADDRESS", help="address it listens on (default: all)")
+    one.add_argument("--crl", type=Path, metavar="FILE", help="where the registrar writes its list of revoked "
+                     "certificates on that host (default: no list)")  # fmt: skip
+    _add_fleet(one)
     cli.add_json(one)
 
     registrar = _group(groups, "registrar", "run the service at which devices enrol and renew")

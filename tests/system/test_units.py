@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.config import AggregatorConfig
+from aggregator.config import AggregatorConfig, RegistrarConfig
 from edge_agent.config import AgentConfig, Device
 from shared.config import PREFIX, effective
 
 UNITS = Path(__file__).parents[2] / "systemd"
-SERVICES = {"edge-agent.service": "fieldfare-agent", "aggregator.service": "fieldfare-aggregator"}
+SERVICES = {
+    "edge-agent.service": "fieldfare-agent",
+    "aggregator.service": "fieldfare-aggregator",
+    "registrar.service": "fieldfare-registrar",
+}
+COMMANDS = {
+    "edge-agent.service": "/usr/lib/fieldfare-agent/bin/edge-agent run --config /etc/fieldfare/agent.toml",
+    "aggregator.service": "/usr/lib/fieldfare-aggregator/bin/aggregator run --config /etc/fieldfare/aggregator.toml",
+    "registrar.service": (
+        "/usr/lib/fieldfare-aggregator/bin/aggregator registrar run --config /etc/fieldfare/registrar.toml"
+    ),
+}
 EXPOSURE_MAX = 1.6
 """Of 10; the usual daemons reach 4.6 to 9.6."""
 
@@ -90,9 +101,7 @@ def test_daemon_starts_stops_and_stays_down_as_promised(name: str) -> None:
     assert unit.all("WatchdogSec")
     assert unit.one("User") == unit.one("StateDirectory") == unit.one("RuntimeDirectory") == user
     assert unit.one("StateDirectoryMode") == "0700"
-    command = unit.one("ExecStart").split()
-    assert command[0] == f"/usr/lib/{user}/bin/{name.removesuffix('.service')}"
-    assert command[1:] == ["run", "--config", f"/etc/fieldfare/{name.removesuffix('.service').split('-')[-1]}.toml"]
+    assert unit.one("ExecStart") == COMMANDS[name]
 
 
 def test_agent_keeps_what_training_needs() -> None:
@@ -107,7 +116,12 @@ def test_agent_keeps_what_training_needs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("edge-agent.service", AgentConfig), ("aggregator.service", AggregatorConfig)]
+    ("name", "kind"),
+    [
+        ("edge-agent.service", AgentConfig),
+        ("aggregator.service", AggregatorConfig),
+        ("registrar.service", RegistrarConfig),
+    ],
 )
 def test_credentials_reach_settings_that_exist(name: str, kind: type) -> None:
     """Each credential is handed on by an override that names a real key, or the daemon would refuse to start."""
@@ -149,7 +163,8 @@ def test_keys_become_roots_alone(tmp_path: Path) -> None:
     """systemd-tmpfiles closes keys that were copied with a mode too open."""
     folder = tmp_path / "etc/fieldfare"
     folder.mkdir(parents=True)
-    for name in ("device.key", "agg-0.key", "signing.key", "ca.crt"):
+    keys = ("device.key", "agg-0.key", "signing.key", "ca.key", "registrar.key")
+    for name in (*keys, "ca.crt"):
         (folder / name).write_text("x")
         (folder / name).chmod(0o644)
     made = run("systemd-tmpfiles", "--create", f"--root={tmp_path}", str(UNITS / "fieldfare.tmpfiles"))
@@ -157,7 +172,7 @@ def test_keys_become_roots_alone(tmp_path: Path) -> None:
         pytest.skip("giving files to root needs root")
     assert made.returncode == 0, made.stderr
     modes = {file.name: oct(file.stat().st_mode & 0o777) for file in folder.iterdir()}
-    assert modes == {"device.key": "0o600", "agg-0.key": "0o600", "signing.key": "0o600", "ca.crt": "0o644"}
+    assert modes == dict.fromkeys(keys, "0o600") | {"ca.crt": "0o644"}
 
 
 def test_nothing_starts_before_it_is_configured() -> None:

@@ -35,7 +35,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from aggregator import broker
 from shared import identity, signing, wire
-from shared.enrolment import PORT
+from shared.enrolment import BACKDATED, PORT
 from shared.errors import ConfigError
 from shared.messages import PublisherKey, Role, Root
 from shared.topics import SERVICE_OPERATOR, is_name, shard_client
@@ -46,8 +46,7 @@ BROKER_NAME = "_broker"
 REGISTRAR_NAME = "_registrar"
 """Likewise of the registrar's."""
 
-_EARLIER = timedelta(days=2)
-"""Certificates are valid from before they were made: the clock of a device that was long without power is behind."""
+_EARLIER = timedelta(seconds=BACKDATED)
 
 _SERVICE = re.compile(r"_[a-z]{1,32}(-[0-9]{1,5})?")
 _HOST = re.compile(r"[A-Za-z0-9._:-]{1,253}")

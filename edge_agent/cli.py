@@ -72,6 +72,30 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
+def _enrol(options: argparse.Namespace) -> int:
+    import time
+
+    from edge_agent import enrol
+    from shared.enrolment import Token
+    from shared.errors import EnrolmentError
+
+    try:
+        enrol.place(options.url, time.time)
+        token = Token.parse(sys.stdin.readline() if options.token == "-" else options.token)
+        device = enrol.enrol(options.config, options.url, token, options.name, again=options.again, clock=time.time)
+    except EnrolmentError as error:
+        raise Failure(Exit.REFUSED, f"enrolment was refused: {error}") from None
+    except ValueError as error:
+        raise Failure(Exit.USAGE, str(error) if "address" in str(error) else f"TOKEN {error}") from None
+    folder = options.config.absolute().parent
+    if options.json:
+        show({"device": device, "directory": str(folder), "config": str(options.config.absolute())}, True)
+        return Exit.OK
+    print(f"this device is {device} now; its identity is in {folder}")
+    print("start it: systemctl enable --now edge-agent" + (" (or restart it, if it runs)" if options.again else ""))
+    return Exit.OK
+
+
 def _pause(options: argparse.Namespace) -> int:
     show(_ask(options, "pause", options.seconds), options.json)
     return Exit.OK
@@ -230,6 +254,28 @@ def _parser() -> Parser:
         "edge-agent status",
         "edge-agent status --json",
     )
+    _add_config(one)
+    cli.add_json(one)
+
+    one = cli.add_command(
+        commands,
+        "enrol",
+        _enrol,
+        "join a fleet by a token",
+        "Make a key, have the fleet's registrar certify it for a token, and write the identity beside the "
+        "configuration, all or nothing. After a failure the same command can be given again. The agent renews the "
+        "certificate by itself.",
+        "edge-agent enrol https://enrol.example.org:8443 ff1.dGVzdGlk.c2VjcmV0...",
+        "edge-agent enrol https://192.0.2.7 - --name line3-press <token.txt",
+    )
+    one.add_argument("url", metavar="URL", help="the registrar: https://HOST or https://HOST:PORT (default port: 8443)")
+    one.add_argument(
+        "token",
+        metavar="TOKEN",
+        help="as `aggregator token create` printed it; - reads it from stdin, where no other user sees it",
+    )
+    one.add_argument("--name", default="", help="the device's name, where the token leaves a choice")
+    one.add_argument("--again", action="store_true", help="replace the identity that is here")
     _add_config(one)
     cli.add_json(one)
 

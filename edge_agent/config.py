@@ -65,6 +65,21 @@ class Trust(Section, frozen=True):
     """The fleet's root record, pinned here when the device was set up: it names who may publish."""
 
 
+class Enrol(Section, frozen=True):
+    """Section [enrol]: how the certificate is renewed; `edge-agent enrol` writes it into a drop-in."""
+
+    url: Annotated[str, Meta(pattern=r"^(https://[A-Za-z0-9._\[\]:-]{1,260}/?)?$")] = ""
+    """The registrar, as https://HOST:PORT; empty: nothing is renewed, a bundle lasts as long as it lasts."""
+    renew_at: Annotated[float, Meta(ge=0.1, le=0.95)] = 0.66
+    """Of a certificate's life is over when it is renewed; a twentieth earlier at random, so that a fleet spreads."""
+    retry: Annotated[float, Meta(ge=1.0, le=86_400.0)] = 60.0
+    """Seconds until a registrar that did not answer is asked again, doubled each time ..."""
+    retry_max: Annotated[float, Meta(ge=1.0, le=604_800.0)] = 3600.0
+    """... up to this."""
+    timeout: Annotated[float, Meta(ge=1.0, le=300.0)] = 20.0
+    """Seconds for each step of a connection to it."""
+
+
 class Trainer(Section, frozen=True):
     """Section [trainer]: the child process that trains."""
 
@@ -111,6 +126,7 @@ class AgentConfig(Section, frozen=True):
     broker: Broker
     device: Device = Device()
     trust: Trust = Trust()
+    enrol: Enrol = Enrol()
     policy: Policy = Policy()
     trainer: Trainer = Trainer()
     local: Quality = Quality()

@@ -7,6 +7,7 @@ and no key.
 
 import contextlib
 import os
+import random
 import sys
 import threading
 from collections import Counter
@@ -15,10 +16,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, assert_never
 
-from cryptography.hazmat.primitives.serialization import Encoding
-
 from edge_agent import clock as clocks
-from edge_agent import control, delivery, download, libraries, sensors
+from edge_agent import control, delivery, download, libraries, renewal, sensors
 from edge_agent import participation as core
 from edge_agent.budget import Budget
 from edge_agent.bus import Bus, BusSaid
@@ -31,6 +30,7 @@ from edge_agent.jobs import Done, Job, Judge, Source
 from edge_agent.outbox import Damaged, Outbox
 from edge_agent.participation import Effect, Participation, Task
 from edge_agent.pressure import PressureWatch
+from edge_agent.renewal import Renewal, RenewalEvent, RenewalFailed, Renewed
 from edge_agent.sandbox import Sandbox
 from edge_agent.schedule import Schedule, WindowEdge
 from edge_agent.sensors import Sensors
@@ -94,6 +94,7 @@ ServiceEvent = (
     | control.ControlRequest
     | WindowEdge
     | BusSaid
+    | RenewalEvent
     | core.Event
     | Stop
 )
@@ -104,13 +105,11 @@ class Service:
 
     def __init__(self, config: AgentConfig, now: Instant) -> None:
         self._config = config
-        certificate = identity.load_certificate(config.broker.cert)
-        self._device = _device_name(config, identity.common_name(certificate))
-        self._key = identity.load_key(config.broker.key)
+        mine = renewal.choose(config, now.utc)
+        self._device = _device_name(config, mine.name)
         self._topics = Topics(config.broker.prefix)
         self._store = Store(config.device.state_dir)
-        self._life = (certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp())
-        self._clock = clocks.DeviceClock(config.device.state_dir / "clock", self._life[0], now, clocks.synchronised)
+        self._clock = clocks.DeviceClock(config.device.state_dir / "clock", mine.begins, now, clocks.synchronised)
         now = self._clock.at(now)
         self._outbox = Outbox(self._store.outbox)
         self._zone = zone(config.policy.timezone)
@@ -118,7 +117,7 @@ class Service:
             trust=Trust(identity.load_root(config.trust.root)),
             policy=config.policy,
             device=self._device,
-            certificate=certificate.public_bytes(Encoding.DER),
+            certificate=mine.der,
             datasets=frozenset(config.data),
             random=os.urandom,
             timeout=config.trainer.timeout,
@@ -155,18 +154,19 @@ class Service:
         )
         self._job_pid: int | None = None
         self._session = os.urandom(8)
+        self._renewal = Renewal(config, mine, now, self.mailbox.post, self._utc, random.random)
         self._link = Link(
             LinkSettings(
                 host=config.broker.host,
                 port=config.broker.port,
                 client_id=self._device,
                 ca=config.broker.ca,
-                cert=config.broker.cert,
-                key=config.broker.key,
+                cert=mine.cert_file,
+                key=mine.key_file,
                 keepalive=config.broker.keepalive,
                 connect_timeout=config.broker.connect_timeout,
                 message_max=config.broker.message_max,
-                clock=lambda: self._clock.peek(read_clock()).utc,
+                clock=self._utc,
             ),
             self.mailbox,
             Will(self._topics.device_status(self._device), self._presence(online=False)),
@@ -231,6 +231,7 @@ class Service:
         try:
             while not self._driver.stopping:
                 self._driver.turn(wait)
+                self._renew(self._now())
                 self._daily(self._now())
                 self._manager.status(self._summary())
                 if self._link.alive:
@@ -262,6 +263,17 @@ class Service:
         """This moment, by the device's time."""
         return self._clock.at(read_clock())
 
+    def _utc(self) -> float:
+        """The device's time in seconds, for any thread."""
+        return self._clock.peek(read_clock()).utc
+
+    def _renew(self, now: Instant) -> None:
+        """Between two turns, when every head that carries the old certificate is signed: go over to a new one."""
+        if self._renewal.turn(now):
+            mine = self._renewal.current
+            self._participation.certificate = mine.der
+            self._link.change_identity(mine.cert_file, mine.key_file)
+
     def _daily(self, now: Instant) -> None:
         """What is worth a look now and then."""
         self._clock.keep(now)
@@ -269,19 +281,21 @@ class Service:
             return
         self._daily_at = now.mono + _DAY
         if self._expiring(now):
-            left = max(0.0, self._life[1] - now.utc)
-            tell(Event.CERTIFICATE_EXPIRING, path=str(self._config.broker.cert), days=round(left / _DAY, 1))
+            mine = self._renewal.current
+            left = max(0.0, mine.ends - now.utc)
+            tell(Event.CERTIFICATE_EXPIRING, path=str(mine.cert_file), days=round(left / _DAY, 1))
 
     def _expiring(self, now: Instant) -> bool:
-        begins, ends = self._life
+        begins, ends = self._renewal.current.begins, self._renewal.current.ends
         return ends - now.utc < min(_EXPIRY_WARNING, (ends - begins) / 3)
 
     # -- the machine's side ------------------------------------------------------------------------------------
 
     @property
     def deadline(self) -> float | None:
-        """The participation's."""
-        return self._participation.deadline
+        """The participation's, or when a certificate is to be renewed."""
+        both = (self._participation.deadline, self._renewal.deadline(self._now()))
+        return min((each for each in both if each is not None), default=None)
 
     def handle(self, event: ServiceEvent | Tick, now: Instant) -> Sequence[Effect]:
         """Decode what is still bytes or somebody's question, then let the participation decide."""
@@ -319,6 +333,9 @@ class Service:
                 return self._participation.handle(core.Wake(), now)
             case BusSaid():
                 return self._participation.handle(core.Wake(), now) if self._bus.told(event, now.mono) else []
+            case Renewed() | RenewalFailed():
+                self._renewal.take(event, now)
+                return []
             case Stop():
                 if self._stopping:
                     self._driver.stop()  # asked twice: at once
@@ -451,7 +468,7 @@ class Service:
             case core.KeepOffer():
                 self._store.keep_offer(effect.task, effect.position)
             case delivery.KeepUpdate(update=update):
-                self._outbox.keep(update, identity.sign_head(self._key, update.head))
+                self._outbox.keep(update, identity.sign_head(self._renewal.current.key, update.head))
             case core.Settled(update=update):
                 self._store.keep_worked(update.task, update.position)
             case core.ForgetTask():
@@ -888,9 +905,11 @@ class Service:
                 "bytes_sent": sent,
             },
             "certificate": {
-                "expires": datetime.fromtimestamp(self._life[1], UTC).isoformat(),
-                "days": round((self._life[1] - now.utc) / _DAY, 1),
+                "expires": _moment(self._renewal.current.ends),
+                "days": round((self._renewal.current.ends - now.utc) / _DAY, 1),
                 "expiring": self._expiring(now),
+                "source": self._renewal.current.source,
+                "renews": None if self._renewal.due is None else _moment(self._renewal.due),
             },
             "state": self._state(),
             "eligible": part.eligible,
@@ -922,6 +941,10 @@ class Service:
             "counts": dict(sorted(self._counts.items())),
             "refused": dict(sorted(self._refused.items())),
         }
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def run(config: AgentConfig) -> None:

@@ -36,6 +36,9 @@ BODY_MAX = 16 << 10
 PEM_MAX = 6 << 10
 SECRET_MIN, SECRET_MAX = 16, 64
 
+BACKDATED = 2 * 86_400
+"""Seconds from the beginning of a certificate's validity to its making: a clock that was without power is behind."""
+
 _RENEW_DOMAIN = b"fieldfare/v1/renew\0"
 _ECDSA = ec.ECDSA(hashes.SHA256())
 _ID = r"[a-z2-7]{8,32}"

@@ -22,6 +22,8 @@ class Event(StrEnum):
     STORAGE_FAILED = "storage.failed"
     STORAGE_RECOVERED = "storage.recovered"
     CERTIFICATE_EXPIRING = "certificate.expiring"
+    CERTIFICATE_RENEWED = "certificate.renewed"
+    RENEWAL_FAILED = "renewal.failed"
     # the device
     RELEASE_ACCEPTED = "release.accepted"
     DOWNLOAD_STARTED = "download.started"
@@ -89,6 +91,7 @@ _LEVELS: Mapping[Event, str] = {
     Event.CLOCK_JUMPED: "warning",
     Event.STORAGE_FAILED: "error",
     Event.CERTIFICATE_EXPIRING: "warning",
+    Event.RENEWAL_FAILED: "warning",
     Event.DOWNLOAD_STOPPED: "warning",
     Event.DATA_MISSED: "warning",
     Event.TRAINER_DIED: "warning",

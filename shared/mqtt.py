@@ -5,6 +5,7 @@ posts `LinkBroken`, because an exception would otherwise end the thread while th
 The owner thread calls `publish`, `subscribe` and `acknowledge`.
 """
 
+import contextlib
 import functools
 import random
 import socket
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -169,6 +170,10 @@ class _Client(Receiver):
             silent = time.monotonic() - min(self._last_msg_out, self._last_bytes_received)
         return super()._loop(min(max(_LOOP_LEAST, self.keepalive - silent), self.keepalive))
 
+    def use(self, context: ssl.SSLContext) -> None:
+        """Connect with this from now on; a connection that is up keeps what it began with."""
+        self._ssl_context = context
+
     def waiting(self) -> int:
         """Bytes published with QoS 1 that the broker has not answered."""
         with self._out_message_mutex:
@@ -198,11 +203,8 @@ class Link:
             protocol=MQTTProtocolVersion.MQTTv5,
             manual_ack=settings.durable,
         )
-        context = tls(settings.ca, settings.cert, settings.key)
-        if settings.clock is not None:
-            context.verify_flags |= _NO_CHECK_TIME
         client.clock = settings.clock
-        client.tls_set_context(context)
+        client.tls_set_context(self._context())
         client.connect_timeout = settings.connect_timeout
         client.max_inflight_messages_set(20)
         client.max_queued_messages_set(_QUEUE_COUNT)
@@ -238,6 +240,25 @@ class Link:
         """Disconnect cleanly (no will is sent) and end the network thread."""
         self._client.disconnect()
         self._client.loop_stop()
+
+    def change_identity(self, cert: Path, key: Path) -> None:
+        """Show another certificate of the same name from now on: a connection that is up is cut and made anew.
+
+        That is all that happens: what waits for the broker waits on. ConfigError if the files do not fit.
+        """
+        self._settings = replace(self._settings, cert=cert, key=key)
+        self._client.use(self._context())
+        sock: Any = self._client.socket()
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                # Of the plain socket below TLS, whose own would let the network thread read on without it.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def _context(self) -> ssl.SSLContext:
+        context = tls(self._settings.ca, self._settings.cert, self._settings.key)
+        if self._settings.clock is not None:
+            context.verify_flags |= _NO_CHECK_TIME
+        return context
 
     @property
     def connected(self) -> bool:

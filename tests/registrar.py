@@ -170,12 +170,14 @@ def certificate_of(answer: Enrolment | Refusal) -> x509.Certificate:
 
 
 @contextlib.contextmanager
-def site(folder: Path, **environ: str) -> Iterator[Site]:
+def site(folder: Path, broker_port: int = 18_883, /, **environ: str) -> Iterator[Site]:
     """A registrar that serves, with settings such as LIMITS__SECONDS="2"; the fleet has one bundle, dev-b."""
     port = free_port()
     fleet = folder / "fleet"
     # Long ago: certificates that ended 181 days ago were issued by this CA.
-    ca.init_fleet(fleet, "test-fleet", [HOST], now=time.time() - AGE, passphrase=None, port=18_883)
+    ca.init_fleet(
+        fleet, "test-fleet", [HOST], now=time.time() - AGE, passphrase=None, port=broker_port, bind="127.0.0.1"
+    )
     ca.add_device(fleet, "dev-b", folder / "dev-b", now=time.time(), passphrase=None)
     home = ca.init_registrar(
         fleet, [HOST], folder / "registrar", now=time.time(), passphrase=None, port=port, bind="127.0.0.1"

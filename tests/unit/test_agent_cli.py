@@ -21,6 +21,7 @@ COMMANDS = [
     ["status"],
     ["pause"],
     ["resume"],
+    ["enrol"],
     ["models"],
     ["predict"],
     ["config"],

@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 
@@ -186,7 +187,9 @@ def test_a_daemon_that_waits_for_the_disk_can_be_ended(service: Service) -> None
     assert Store(service._config.device.state_dir).load() == []
 
 
-def test_a_certificate_that_ends_soon_is_told_daily(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_certificate_that_ends_soon_is_told_daily(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From 30 days before the end of a year, or from the last third of a shorter life; also in the status."""
     logs.configure("info", "json", environ={}, identifier="test")
 
@@ -194,14 +197,18 @@ def test_a_certificate_that_ends_soon_is_told_daily(service: Service, capsys: py
         service._daily(Instant(mono, utc))
         return sum('"certificate.expiring"' in line for line in capsys.readouterr().err.splitlines())
 
-    ends = service._life[1]
+    ends = service._renewal.current.ends
     day, mono = 86_400.0, service._daily_at
     assert told(mono, ends - 31 * day) == 0
     assert told(mono + 60, ends - 29 * day) == 0
     assert told(mono + day, ends - 29 * day) == 1
     assert told(mono + day + 60, ends - 29 * day) == 0
     assert told(mono + 2 * day, ends + day) == 1
-    service._life = (ends - 30 * day, ends)
+    mine, born = service._renewal.current, datetime.fromtimestamp(NOW.utc, UTC)
+    authority = ca.open_authority(tmp_path / "fleet", None)
+    short = ca.issue_client(authority, "sensor-1", mine.key.public_key(), born, timedelta(days=28))
+    service._renewal.current = replace(mine, certificate=short)
+    ends = service._renewal.current.ends
     assert told(mono + 3 * day, ends - 11 * day) == 0
     assert told(mono + 4 * day, ends - 9 * day) == 1
     shown = service._status(Instant(mono, ends - 9 * day))["certificate"]

@@ -251,12 +251,15 @@ class Registrar:
             self._crl_due = True
         self._write_crl(now)
 
-    def forget(self, now: float) -> None:
-        """Let go of certificates that nobody can renew any more, and tell of ours that end soon."""
+    def warn(self, now: float) -> None:
+        """Tell of certificates of ours that end soon."""
         for path in (self._config.ca.cert, self._config.listen.cert):
             days = int((identity.load_certificates(path)[0].not_valid_after_utc.timestamp() - now) // _DAY)
             if days < _EXPIRES_SOON:
                 tell(Event.CERTIFICATE_EXPIRING, path=str(path), days=days)
+
+    def forget(self, now: float) -> None:
+        """Let go of certificates that nobody can renew any more."""
         with contextlib.suppress(StorageError), self._store.transaction():
             self._store.forget(now - self._times.renewable - _DAY)
 
@@ -436,6 +439,7 @@ class Service:
         self._manager.ready()
         self._manager.status(f"serving on port {port}")
         tell(Event.DAEMON_STARTED, version=VERSION, address=address, port=port)
+        self._registrar.warn(read_clock().utc)
         stopped = loop.create_task(self._stop.wait())
         try:
             await asyncio.wait([stopped, *work], return_when=asyncio.FIRST_COMPLETED)
@@ -502,11 +506,11 @@ class Service:
             return Response(self._registrar.ca_pem, media_type=_PEM)
 
         async def enrol(request: Request) -> Response:
-            body = await _body(request)
+            body = await read_body(request)
             return Response(self._registrar.enrol(body, read_clock().utc), media_type=_JSON)
 
         async def renew(request: Request) -> Response:
-            body = await _body(request)
+            body = await read_body(request)
             return Response(self._registrar.renew(body, read_clock().utc), media_type=_JSON)
 
         async def unknown(request: Request, error: Exception) -> Response:
@@ -578,6 +582,7 @@ class Service:
             try:
                 self._registrar.look(now.utc)
                 if now.mono >= due:
+                    self._registrar.warn(now.utc)
                     # A clock that was set today deletes nothing.
                     if abs((now.utc - before.utc) - (now.mono - before.mono)) <= _DRIFT:
                         self._registrar.forget(now.utc)
@@ -640,8 +645,11 @@ def _listen(address: str, port: int) -> socket.socket:
     return made
 
 
-async def _body(request: Request) -> bytes:
-    """The body of a request, at most BODY_MAX bytes; a longer one is not kept, and one that says so is not read."""
+async def read_body(request: Request) -> bytes:
+    """The body of a request; EnrolmentError(TOO_LARGE) for one above BODY_MAX bytes, which is never kept.
+
+    One that says that it is far too large is not even read.
+    """
     told = request.headers.get("content-length", "0")
     found, size = bytearray(), 0
     if told.isdecimal() and len(told) <= 10 and int(told) <= _DRAINED:

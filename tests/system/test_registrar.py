@@ -1,5 +1,6 @@
 """The registrar as a process, against devices and strangers: each bad input is one typed refusal, and it lives on."""
 
+import asyncio
 import base64
 import http.client
 import json
@@ -20,11 +21,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from starlette.requests import Request
 
-from aggregator import ca, cli
+from aggregator import ca, cli, registrar
 from shared import enrolment, identity
 from shared.enrolment import BODY_MAX, CA_PATH, ENROL_PATH, RENEW_PATH, Enrolment, Refusal, Token
-from shared.errors import Refused
+from shared.errors import EnrolmentError, Refused
 from tests.registrar import HOST, Site, certificate_of, new_key
 from tests.registrar import site as make_site
 
@@ -266,7 +268,7 @@ def test_a_large_body_is_not_taken(site: Site) -> None:
         status, body = site.call("POST", ENROL_PATH, bytes(size))
         assert (status, msgspec.json.decode(body, type=Refusal).error) == (413, Refused.TOO_LARGE)
         chunked = iter([bytes(1000)] * (size // 1000 + 1))
-        status, body = site.call("POST", ENROL_PATH, chunked)  # type: ignore[arg-type]
+        status, body = site.call("POST", ENROL_PATH, chunked)
         assert (status, msgspec.json.decode(body, type=Refusal).error) == (413, Refused.TOO_LARGE)
 
 
@@ -283,6 +285,28 @@ def test_an_endless_body_is_cut_off(site: Site) -> None:
         stranger.sendall(f"POST {ENROL_PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n".encode())
         assert b"413" in stranger.recv(100)
     assert memory(site) - before < 16 << 20
+
+
+def test_a_body_is_kept_within_bounds() -> None:
+    """Of a body that is too large no more is kept than one that is not, however it comes."""
+    import tracemalloc
+
+    sent = 0
+
+    async def receive() -> dict[str, object]:
+        nonlocal sent
+        sent += 1
+        return {"type": "http.request", "body": bytes(1 << 16), "more_body": True}
+
+    scope = {"type": "http", "method": "POST", "path": ENROL_PATH, "headers": [], "query_string": b""}
+    tracemalloc.start()
+    try:
+        with pytest.raises(EnrolmentError) as caught:
+            asyncio.run(registrar.read_body(Request(scope, receive)))
+        assert caught.value.reason is Refused.TOO_LARGE
+        assert sent < 20 and tracemalloc.get_traced_memory()[1] < 512 << 10
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("head", [b"\x16\x03\x01 junk\r\n\r\n", b"A" * 40_000, b"GET / HTTP/9\r\n\r\n", b"\r\n" * 50])

@@ -1,6 +1,7 @@
 """shared.enrolment: tokens read back exactly, requests are strict and bounded, only holders of keys are believed."""
 
 import base64
+from datetime import datetime
 
 import msgspec
 import pytest
@@ -164,9 +165,20 @@ def test_a_renewal_is_signed_by_the_old_key_for_this_request() -> None:
         assert caught.value.reason is Refused.BAD_SIGNATURE
 
 
-@pytest.mark.parametrize("pem", [b"", b"junk", b"\xff"])
-def test_only_the_pinned_ca_is_believed(pem: bytes) -> None:
-    """What is no certificate, or another one, is WRONG_PIN."""
-    with pytest.raises(EnrolmentError) as caught:
-        enrolment.pinned_ca(pem, bytes(32))
-    assert caught.value.reason is Refused.WRONG_PIN
+def certificate() -> x509.Certificate:
+    """Any certificate."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fleet")])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(KEY.public_key())
+    builder = builder.serial_number(1).not_valid_before(datetime(2026, 1, 1)).not_valid_after(datetime(2036, 1, 1))
+    return builder.sign(KEY, hashes.SHA256())
+
+
+def test_only_the_pinned_ca_is_believed() -> None:
+    """What is no certificate, or another one than the pin's, is WRONG_PIN."""
+    found = certificate()
+    pem, pin = found.public_bytes(Encoding.PEM), enrolment.pin_of(found)
+    assert enrolment.pinned_ca(pem, pin) == found
+    for sent, pinned in ((pem, bytes(32)), (b"", pin), (b"junk", pin), (b"\xff", pin), (pem[:-200], pin)):
+        with pytest.raises(EnrolmentError) as caught:
+            enrolment.pinned_ca(sent, pinned)
+        assert caught.value.reason is Refused.WRONG_PIN

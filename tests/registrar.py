@@ -102,7 +102,11 @@ class Site:
         return ssl.create_default_context(cafile=str(self.home / "ca.crt"))
 
     def call(
-        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterator[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, bytes]:
         """Status and body of one request."""
         connection = http.client.HTTPSConnection(HOST, self.port, timeout=20, context=self.tls())

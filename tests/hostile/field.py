@@ -86,6 +86,7 @@ class Field:
         start = len(self.daemon.read())
         self.publish(f"models/{name}/release", wire.pack(self.messages[name]))
         self.daemon.wait("release.accepted", start, task=name)
+        self.fence()  # what follows from it is done as well
 
     def next_release(self, name: str, weights: bytes | None = None) -> None:
         """The aggregator's next release of a task, accepted; its weights are the same unless given."""

@@ -525,7 +525,10 @@ class Service:
             Route(enrolment.ENROL_PATH, self._guarded(enrol), methods=["POST"]),
             Route(enrolment.RENEW_PATH, self._guarded(renew), methods=["POST"]),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: unknown, Exception: failed})
+        application = Starlette(routes=routes, exception_handlers={HTTPException: unknown, Exception: failed})
+        # It would send a client on to whatever host the client had named.
+        application.router.redirect_slashes = False
+        return application
 
     def _guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """An answer whose every error is a typed refusal."""

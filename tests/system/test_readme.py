@@ -17,6 +17,7 @@ What systemctl was told to start is started by the unit and the drop-in that the
 that the unit names.
 """
 
+import itertools
 import json
 import os
 import re
@@ -465,7 +466,9 @@ def _written_commands(document: Path) -> Iterator[tuple[str, bool]]:
     for block in blocks + re.findall(r"(?:^ {4}.*\n)+", prose, re.M):
         for line in block.replace("\\\n", " ").splitlines():
             if found := _COMMAND.search(line.strip()):
-                yield shlex.join([found[1], *shlex.split(found[2], comments=True)]), True
+                words = shlex.split(found[2], comments=True)
+                own = itertools.takewhile(lambda word: word[0] not in "|<>", words)  # the rest is the shell's
+                yield shlex.join([found[1], *own]), True
     for found in re.findall(r"`((?:aggregator|edge-agent) [^`]+)`", prose):
         yield found, False
     for heading, section in re.findall(r"^## `(aggregator|edge-agent)`\n(.*?)(?=^## |\Z)", prose, re.M | re.S):

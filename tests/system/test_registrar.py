@@ -257,6 +257,8 @@ def test_other_places_and_methods(site: Site) -> None:
         ("PUT", CA_PATH),
         ("GET", "/v1/ca/../enrol"),
         ("GET", "//"),
+        ("GET", f"{CA_PATH}/"),
+        ("POST", f"{ENROL_PATH}/"),
     ):
         status, body = site.call(method, path)
         assert status in (404, 405) and msgspec.json.decode(body, type=Refusal).error is Refused.NOT_FOUND

@@ -7,7 +7,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,35 +41,24 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    answer = _ask(options, "status")
-    if not options.json:
-        # The words hold measured value and threshold already.
-        answer["obstacles"] = {each["name"]: each["text"] for each in answer.get("obstacles", [])}
-        if answer.get("download"):
-            answer["download"] = _download(answer["download"])
-        if answer.get("outbox"):
-            answer["outbox"] = "; ".join(map(_waiting, answer["outbox"]))
-    show(answer, options.json)
+    from edge_agent import words
+
+    return _tell(_ask(options, "status"), words.status, options.json)
+
+
+def _why(options: argparse.Namespace) -> int:
+    from edge_agent import words
+
+    return _tell(_ask(options, "why", task=options.task), words.why, options.json)
+
+
+def _tell(answer: dict[str, Any], said: Callable[[dict[str, Any]], list[str]], as_json: bool) -> int:
+    """Print an answer, for a program or in words."""
+    if as_json:
+        show(answer, True)
+    else:
+        print("\n".join(said(answer)))
     return Exit.OK
-
-
-def _download(shown: Mapping[str, Any]) -> str:
-    """One line about the weights that are on their way."""
-    return f"{shown['task']}: {_megabytes(shown['bytes'])} of {_megabytes(shown['total'])} ({shown['percent']:.0f} %)"
-
-
-def _waiting(shown: Mapping[str, Any]) -> str:
-    """One line about an update that nobody has answered."""
-    what = f"{shown['task']} round {shown['round']}, {_megabytes(shown['bytes'])}"
-    if shown["asked"]:
-        return f"{what}: {shown['asked']} of {shown['chunks']} chunks are on their way"
-    times = "not sent yet" if not shown["attempts"] else f"sent {shown['attempts']} times"
-    held = f"next try in {shown['next_try']:.0f} s" if shown["next_try"] is not None else "held until somebody is there"
-    return f"{what}: {times}, {held}"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 def _enrol(options: argparse.Namespace) -> int:
@@ -162,12 +151,15 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _ask(
-    options: argparse.Namespace, verb: Literal["status", "pause", "resume"], seconds: float | None = None
+    options: argparse.Namespace,
+    verb: Literal["status", "why", "pause", "resume"],
+    seconds: float | None = None,
+    task: str | None = None,
 ) -> dict[str, Any]:
     from edge_agent import control
 
     # The keys need not be readable by everybody who may ask.
-    return control.ask(_config(options, files=False).device.run_dir, control.Request(verb, seconds))
+    return control.ask(_config(options, files=False).device.run_dir, control.Request(verb, seconds, task))
 
 
 def _trainer_install(options: argparse.Namespace) -> int:
@@ -254,6 +246,20 @@ def _parser() -> Parser:
         "edge-agent status",
         "edge-agent status --json",
     )
+    _add_config(one)
+    cli.add_json(one)
+
+    one = cli.add_command(
+        commands,
+        "why",
+        _why,
+        "say why this device is not training",
+        "Ask the running agent why it does not train, all tasks or TASK: each constraint with what was measured just "
+        "now, what is wanted, and the setting that decides, then what else each task waits for.",
+        "edge-agent why",
+        "edge-agent why digits --json",
+    )
+    one.add_argument("task", nargs="?", metavar="TASK", help="only this task (default: all)")
     _add_config(one)
     cli.add_json(one)
 

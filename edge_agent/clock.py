@@ -41,6 +41,11 @@ class DeviceClock:
         self._keep_at = self._look_at = now.mono
         self._right = False
 
+    @property
+    def right(self) -> bool:
+        """Whether the system clock was synchronised when it was looked at last."""
+        return self._right
+
     def at(self, now: Instant) -> Instant:
         """`now` as the device should believe it."""
         if self._look_at <= now.mono:

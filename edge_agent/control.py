@@ -1,4 +1,7 @@
-"""What the operator may ask of the agent by its door (shared.control): `status`, `pause` and `resume`."""
+"""What the operator may ask of the agent by its door (shared.control): `status`, `why`, `pause`, `resume`, `probe`.
+
+`probe` has it publish its own status and tell what the broker answers, since only that proves that it may.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +19,11 @@ DOOR = Door("agent", "`edge-agent run` or `systemctl start edge-agent` starts it
 
 
 class Request(Wire, frozen=True):
-    """What may be asked. `seconds` says how long to pause; None: until `resume`."""
+    """What may be asked. `seconds` says how long to pause, None: until `resume`; `task` whom `why` is about."""
 
-    verb: Literal["status", "pause", "resume"]
+    verb: Literal["status", "why", "pause", "resume", "probe"]
     seconds: Annotated[float, Meta(gt=0.0, le=31_536_000.0)] | None = None
+    task: Annotated[str, Meta(max_length=64)] | None = None
 
 
 ControlRequest = control.ControlRequest[Request]

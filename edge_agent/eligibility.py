@@ -314,6 +314,11 @@ class Gatekeeper:
         return self._eligible
 
     @property
+    def settles_at(self) -> float | None:
+        """Monotonic seconds at which it becomes eligible if nothing gets in the way; None: it is, or something does."""
+        return None if self._eligible or self._clear_since is None else self._clear_since + self._settle
+
+    @property
     def deadline(self) -> float | None:
         """Monotonic seconds at which the device must be looked at again; None before the first look."""
         return self._due

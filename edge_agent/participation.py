@@ -19,8 +19,9 @@ It must never touch a socket, a disk, a clock or a private key: the shell signs 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from hashlib import sha256
 from typing import assert_never
 
@@ -462,6 +463,21 @@ Effect = (
 # -- state -------------------------------------------------------------------------------------------------------
 
 
+class Hold(StrEnum):
+    """Why a task is not trained, whatever the device's own state is; the first of them that applies."""
+
+    NO_RELEASE = "no_release"
+    NO_DATA = "no_data"
+    OPSET = "unknown_operations"
+    NO_OFFER = "no_offer"
+    CLOSED = "round_closed"
+    OTHER_RELEASE = "other_release"
+    """The round trains from a release that is not here."""
+    WORKED = "worked"
+    """This device's update for the round is made."""
+    NOT_SELECTED = "not_selected"
+
+
 @dataclass
 class Task:
     """What this device knows of one task."""
@@ -648,6 +664,21 @@ class Participation:
     def eligible(self) -> bool:
         """Whether the owner's policy lets this device train now."""
         return self._gate.eligible
+
+    @property
+    def settles_at(self) -> float | None:
+        """Monotonic seconds at which the device becomes eligible if nothing gets in the way; None if it is, or not."""
+        return self._gate.settles_at
+
+    @property
+    def awaited(self) -> Collection[str]:
+        """Tasks of which a round is open and no release has come."""
+        return self._early.keys()
+
+    @property
+    def ending(self) -> bool:
+        """The daemon is about to end, so nothing begins any more."""
+        return self._leaving
 
     @property
     def deadline(self) -> float | None:
@@ -996,19 +1027,26 @@ class Participation:
 
     # -- training --
 
-    def _wants(self, task: Task) -> bool:
-        """Whether this device should train this task now, its own state and the start time apart."""
+    def hold(self, task: Task) -> Hold | None:
+        """Why this device should not train this task now, its own state and the start time apart; None if it should."""
         offer, manifest, release = task.offer, task.manifest, task.release
-        if offer is None or manifest is None or release is None or task.release_position is None:
-            return False
-        return (
-            offer.state is OfferState.OPEN
-            and offer.release == task.release_position.digest
-            and task.worked < (manifest.version, offer.round)
-            and manifest.data.dataset in self.datasets
-            and manifest.opset == OPSET_VERSION
-            and draw(task.name, manifest.version, offer.round, self.device) < offer.participation
-        )
+        if manifest is None or release is None or task.release_position is None:
+            return Hold.NO_RELEASE
+        if manifest.data.dataset not in self.datasets:
+            return Hold.NO_DATA
+        if manifest.opset != OPSET_VERSION:
+            return Hold.OPSET
+        if offer is None:
+            return Hold.NO_OFFER
+        if offer.state is not OfferState.OPEN:
+            return Hold.CLOSED
+        if offer.release != task.release_position.digest:
+            return Hold.OTHER_RELEASE
+        if task.worked >= (manifest.version, offer.round):
+            return Hold.WORKED
+        if draw(task.name, manifest.version, offer.round, self.device) >= offer.participation:
+            return Hold.NOT_SELECTED
+        return None
 
     def _start(self, now: Instant) -> list[Effect]:
         self._next_start = None
@@ -1018,7 +1056,7 @@ class Participation:
             return []
         if judge := self._judge(now):
             return judge
-        wanted = [task for _, task in sorted(self.tasks.items()) if self._wants(task)]
+        wanted = [task for _, task in sorted(self.tasks.items()) if self.hold(task) is None]
         self._next_start = min((task.start_at for task in wanted if task.start_at > now.mono), default=None)
         for task in wanted:
             if task.start_at > now.mono:

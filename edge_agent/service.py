@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Literal, assert_never
 
 from edge_agent import clock as clocks
-from edge_agent import control, delivery, download, libraries, renewal, sensors
+from edge_agent import control, delivery, download, libraries, renewal, sensors, why
 from edge_agent import participation as core
 from edge_agent.budget import Budget
 from edge_agent.bus import Bus, BusSaid
@@ -37,7 +37,7 @@ from edge_agent.sensors import Sensors
 from edge_agent.shelf import Model, Shelf
 from edge_agent.store import Kept, KeptJob, Store
 from shared import chunks, identity, logs, wire
-from shared.control import ControlRequest
+from shared.control import ControlRequest, Reply
 from shared.driver import Driver, Mailbox, on_termination, read_clock
 from shared.errors import (
     ConfigError,
@@ -185,6 +185,12 @@ class Service:
         """Of training; None once one has worked since."""
         self._missed: set[tuple[str, int]] = set()
         """Tasks, with the manifest's version, whose owner was told that their data set is not here."""
+        self._said: core.PublishStatus | None = None
+        """Last, to the broker."""
+        self._probes: dict[int, Reply] = {}
+        """Who waits for the broker's word on a message, by its id."""
+        self._curious: list[control.ControlRequest] = []
+        """Who asked why nothing is trained, and is answered after the next look."""
         self._link_cause = "connecting"
         self._stopping = False
         """A signal asked the daemon to end, and it does once the trainer has left its work."""
@@ -314,6 +320,10 @@ class Service:
                 raise LocalProtocolError(f"the network thread failed: {cause}")
             case Published():
                 return self._published(event, now)
+            case core.Sensed():
+                effects = self._participation.handle(event, now)
+                self._explain(now)
+                return effects
             case TrainerSaid(pid=pid, message=message):
                 work = self._participation.work
                 if isinstance(message, Done) and (work is None or work.id != message.id):
@@ -379,6 +389,8 @@ class Service:
         if event.refusal:
             self._counts["publish_refused"] += 1
             tell(Event.PUBLISH_REFUSED, cause=event.refusal)
+        if (probe := self._probes.pop(event.mid, None)) is not None:
+            probe({"published": not event.refusal, "cause": event.refusal or None})
         chunk = self._flying.pop(event.mid, None)
         if chunk is None:
             return []
@@ -388,6 +400,9 @@ class Service:
         if cause != self._link_cause:
             tell(Event.LINK_DOWN, cause=cause)
         self._link_cause = cause
+        for probe in self._probes.values():
+            probe({"published": False, "cause": f"the link went down: {cause}"})
+        self._probes.clear()
         return self._participation.handle(core.Disconnected(), now)
 
     def _trainer_exited(self, event: TrainerExited, now: Instant) -> Sequence[Effect]:
@@ -407,6 +422,11 @@ class Service:
             case "status":
                 event.reply(self._status(now))
                 return []
+            case "why":
+                self._curious.append(event)  # answered with what this look finds
+            case "probe":
+                self._probe(event, now)
+                return []
             case "pause" | "resume" as verb:
                 state, seconds = self._config.device.state_dir, event.request.seconds
                 try:
@@ -420,6 +440,27 @@ class Service:
                 tell(Event.DEVICE_PAUSED if verb == "pause" else Event.DEVICE_RESUMED, seconds=seconds)
                 event.reply({"paused": verb == "pause", "seconds": seconds})
         return self._participation.handle(core.Wake(), now)
+
+    def _explain(self, now: Instant) -> None:
+        """Answer those who asked why it does not train, out of a look at the device that was taken just now."""
+        for event in self._curious:
+            event.reply(why.why(self._participation, self._unlinked(), now, event.request.task))
+        self._curious.clear()
+
+    def _unlinked(self) -> str:
+        return "" if self._link.connected else self._link_cause
+
+    def _probe(self, event: control.ControlRequest, now: Instant) -> None:
+        """Say again how this device is, so that the broker acknowledges it or says why not."""
+        if not self._link.connected or self._said is None:
+            event.reply({"published": False, "cause": self._link_cause or "nothing was said yet; try again"})
+            return
+        status = wire.pack(core.status(self._said, self._session, now.utc))
+        mid = self._publish(self._topics.device_status(self._device), status, retain=True)
+        if mid is None:
+            event.reply({"published": False, "cause": "too much waits for the broker already"})
+        else:
+            self._probes[mid] = event.reply
 
     # -- the shell's side --------------------------------------------------------------------------------------
 
@@ -628,6 +669,7 @@ class Service:
                 event = Event.DEVICE_ELIGIBLE if effect.eligible else Event.DEVICE_BLOCKED
                 tell(event, obstacles=[obstacle.text for obstacle in effect.obstacles] or None)
             case core.PublishStatus():
+                self._said = effect
                 status = core.status(effect, self._session, self._now().utc)
                 self._publish(self._topics.device_status(self._device), wire.pack(status), qos=0, retain=True)
             case _:
@@ -912,12 +954,15 @@ class Service:
                 "renews": None if self._renewal.due is None else _moment(self._renewal.due),
             },
             "state": self._state(),
+            "why": why.why(part, self._unlinked(), now)["answer"],
             "eligible": part.eligible,
             "obstacles": [
                 {"name": each.name.value, "value": each.value, "threshold": each.threshold, "text": each.text}
                 for each in part.obstacles
             ],
             "sensing": "by pressure triggers" if self._pressure.watching else f"by the clock: {self._pressure.refusal}",
+            "sandbox": {"delegated": self._sandbox is not None, "missing": _missing_limits(self._sandbox)},
+            "clock": {"synchronised": self._clock.right, "now": _moment(now.utc), "zone": str(self._zone)},
             "training": None
             if part.work is None
             else {
@@ -941,6 +986,10 @@ class Service:
             "counts": dict(sorted(self._counts.items())),
             "refused": dict(sorted(self._refused.items())),
         }
+
+
+def _missing_limits(sandbox: Sandbox | None) -> dict[str, str]:
+    return {} if sandbox is None else dict(sandbox.missing)
 
 
 def _moment(seconds: float) -> str:

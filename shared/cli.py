@@ -157,7 +157,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
 
 def complain(program: str, error: object, code: Exit) -> int:
     """Say what is wrong in one line."""
-    text = _plain_text(" ".join(str(error).split()))
+    text = printable(" ".join(str(error).split()))
     print(f"{program}: {text or type(error).__name__}", file=sys.stderr)
     return code
 
@@ -176,6 +176,11 @@ def show(value: Mapping[str, object], as_json: bool) -> None:
         print(line)
 
 
+def printable(text: str) -> str:
+    """What may be shown on a terminal: some of it comes from peers, and must not move the cursor."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def moment(seconds: int) -> str:
     """A time on the wire (UTC seconds) for a person; one that no calendar holds is told as a number."""
     try:
@@ -186,10 +191,14 @@ def moment(seconds: int) -> str:
 
 def table(heads: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
     """Print rows in aligned columns."""
-    text = [heads, *(tuple(str(cell) for cell in row) for row in rows)]
-    widths = [max(len(line[column]) for line in text) for column in range(len(heads))]
-    for line in text:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for line in columns([heads, *(tuple(str(cell) for cell in row) for row in rows)]):
+        print(line)
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows of equally many cells as aligned lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def save(target: Path, data: bytes | memoryview, *, force: bool) -> None:
@@ -229,9 +238,9 @@ def _lines(value: Mapping[str, object], depth: int) -> list[str]:
     lines = []
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
-            lines += [f"{'  ' * depth}{_plain_text(key)}", *_lines({str(k): v for k, v in item.items()}, depth + 1)]
+            lines += [f"{'  ' * depth}{printable(key)}", *_lines({str(k): v for k, v in item.items()}, depth + 1)]
         else:
-            lines.append(f"{'  ' * depth}{_plain_text(key).ljust(width)}  {_word(item)}".rstrip())
+            lines.append(f"{'  ' * depth}{printable(key).ljust(width)}  {_word(item)}".rstrip())
     return lines
 
 
@@ -246,16 +255,11 @@ def _word(item: object) -> str:
         case list() | tuple():
             return ", ".join(_word(one) for one in item) or "-"
         case Mapping():
-            return ", ".join(f"{_plain_text(str(key))} {_word(one)}" for key, one in item.items()) or "-"
+            return ", ".join(f"{printable(str(key))} {_word(one)}" for key, one in item.items()) or "-"
         case float():
             return f"{item:.6g}"
         case _:
-            return _plain_text(str(item))
-
-
-def _plain_text(text: str) -> str:
-    # Some of it comes from peers: it must not move a terminal's cursor.
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+            return printable(str(item))
 
 
 def _jsonable(item: object) -> object:

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -18,6 +18,7 @@ from edge_agent import participation as core
 from edge_agent.bus import Bus, BusSaid
 from edge_agent.child import TrainerSaid, TrainerWrote
 from edge_agent.clock import DeviceClock
+from edge_agent.control import Request
 from edge_agent.delivery import Update
 from edge_agent.eligibility import Policy
 from edge_agent.jobs import Done
@@ -25,11 +26,12 @@ from edge_agent.pressure import PressureWatch
 from edge_agent.service import Service, Stop, restored
 from edge_agent.store import Kept, Store
 from shared import identity, logs, signing, wire
+from shared.control import ControlRequest
 from shared.driver import read_clock
 from shared.errors import ConfigError, RemoteProtocolError, StorageError
 from shared.machine import Instant
-from shared.messages import Outcome, Role, Signed, UpdateHead
-from shared.mqtt import LinkUp, Message, Published
+from shared.messages import DeviceStatus, Outcome, Role, Signed, UpdateHead
+from shared.mqtt import LinkDown, LinkUp, Message, Published
 from shared.topics import task_release, task_round
 from shared.trust import Position
 from tests.hostile import records
@@ -82,6 +84,62 @@ def test_the_bus_is_asked_what_the_owner_wants_to_know(service: Service, tmp_pat
     (sensed,) = service.perform(core.Sense(working=False, trained=None))
     assert isinstance(sensed, core.Sensed)
     assert sensed.facts.user_idle is True
+
+
+def test_why_is_answered_after_a_look(service: Service) -> None:
+    """What is told was measured for the question, and the machine knows it as well."""
+    answers: list[Mapping[str, object]] = []
+    service.mailbox.post(ControlRequest(Request("why"), answers.append))
+    assert service._participation.facts is None
+    service._driver.turn(0.0)
+    (answer,) = answers
+    assert service._participation.facts is not None
+    assert answer["constraints"] and "no task is known" in str(answer["answer"])
+    service._driver.turn(0.0)
+    assert len(answers) == 1
+
+
+def test_a_probe_is_answered_by_the_broker(service: Service) -> None:
+    """Its word on the device's own status, which is sent again; or the link's end, whatever comes first."""
+    answers: list[Mapping[str, object]] = []
+
+    def ask() -> None:
+        service.mailbox.post(ControlRequest(Request("probe"), answers.append))
+        service._driver.turn(0.0)
+
+    ask()
+    assert answers.pop() == {"published": False, "cause": "connecting"}
+    service._link = Wire()  # type: ignore[assignment]  # all of a link that a probe uses
+    service._said = core.PublishStatus(True, ("cpu",), ("points",), 1)
+    ask()
+    assert answers == []
+    service.mailbox.post(Published(1, "Not authorized"))
+    service._driver.turn(0.0)
+    assert answers.pop() == {"published": False, "cause": "Not authorized"}
+    ask()
+    service.mailbox.post(Published(2, ""))
+    service._driver.turn(0.0)
+    assert answers.pop() == {"published": True, "cause": None}
+    ask()
+    service.mailbox.post(LinkDown("cut"))
+    service._driver.turn(0.0)
+    assert answers.pop() == {"published": False, "cause": "the link went down: cut"}
+    assert service._probes == {}
+
+
+class Wire:
+    """A link that is up and takes everything."""
+
+    connected = alive = True
+
+    mid = 0
+
+    def publish(self, topic: str, payload: bytes, *, qos: int, retain: bool) -> int:
+        """What only an acknowledgement answers, and what stays there as the device's word."""
+        assert qos == 1 and retain and topic == "fl/dev/sensor-1/status"
+        assert structs.asdict(wire.unpack(payload, DeviceStatus))["obstacles"] == ["cpu"]
+        self.mid += 1
+        return self.mid
 
 
 def test_status_says_how_load_is_noticed(service: Service) -> None:

@@ -56,6 +56,7 @@ SHELL = {
     "edge_agent.shelf",
     "edge_agent.store",
     "edge_agent.trainer",
+    "edge_agent.words",
     "aggregator.backup",
     "aggregator.blobs",
     "aggregator.broker",

@@ -61,6 +61,31 @@ def _tell(answer: dict[str, Any], said: Callable[[dict[str, Any]], list[str]], a
     return Exit.OK
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from edge_agent import doctor, words
+
+    checks = doctor.examine(options.config, os.environ)
+    failed = any(each["result"] == "failed" for each in checks)
+    if options.json:
+        show({"ok": not failed, "checks": checks}, True)
+    else:
+        print("\n".join(words.doctor(checks)))
+    return Exit.FAILED if failed else Exit.OK
+
+
+def _bugreport(options: argparse.Namespace) -> int:
+    from edge_agent import bugreport
+
+    cli.say("collecting; this takes up to a minute")
+    parts = bugreport.collect(options.config, os.environ)
+    cli.save(options.output, bugreport.pack(parts, options.output), force=options.force)
+    os.chmod(options.output, 0o600)
+    print(f"{options.output} holds, and nothing else (read it before you send it):")
+    for name, text in parts.items():
+        print(f"  {name}  {len(text)} characters")
+    return Exit.OK
+
+
 def _enrol(options: argparse.Namespace) -> int:
     import time
 
@@ -262,6 +287,40 @@ def _parser() -> Parser:
     one.add_argument("task", nargs="?", metavar="TASK", help="only this task (default: all)")
     _add_config(one)
     cli.add_json(one)
+
+    one = cli.add_command(
+        commands,
+        "doctor",
+        _doctor,
+        "look for what is wrong",
+        "Check clock, keys, configuration, folders, the broker and what it permits, the kernel's help, PyTorch and the "
+        "data sets, whether the agent runs or not. The exit code is 1 if something failed. Run it as root.",
+        "sudo edge-agent doctor",
+        "sudo edge-agent doctor --json",
+    )
+    _add_config(one)
+    cli.add_json(one)
+
+    one = cli.add_command(
+        commands,
+        "bugreport",
+        _bugreport,
+        "collect what a developer would ask for",
+        "Write status, why, doctor, configuration, versions, the unit, its last 500 lines of log and what the kernel "
+        "says of load into one archive. Keys, certificates, data and weights are never read for it; passwords, tokens "
+        "and key text are taken out of all the rest. Run it as root.",
+        "sudo edge-agent bugreport",
+    )
+    one.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("fieldfare-bugreport.tar.gz"),
+        metavar="FILE",
+        help="the archive (default: %(default)s)",
+    )
+    one.add_argument("--force", action="store_true", help="replace FILE")
+    _add_config(one)
 
     one = cli.add_command(
         commands,

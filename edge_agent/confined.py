@@ -29,8 +29,15 @@ def main() -> None:
     options.add_argument("--nice", type=int, default=0, help="added to the scheduling priority")
     options.add_argument("--idle", action="store_true", help="take CPU and disk only when nobody else wants them")
     options.add_argument("--cgroup", type=Path, help="the control group to live in")
+    options.add_argument("--trial", action="store_true", help="only try what training needs")
     given = options.parse_args()
-    if _confine(given.parent, given.memory_max, given.nice, given.idle, given.cgroup):
+    if not _confine(given.parent, given.memory_max, given.nice, given.idle, given.cgroup):
+        return
+    if given.trial:
+        from edge_agent import trial
+
+        trial.main()
+    else:
         from edge_agent import trainer
 
         trainer.serve()

@@ -52,6 +52,16 @@ class _Use:
     ours: int
 
 
+def memory_free(proc_root: Path) -> int | None:
+    """Bytes of MemAvailable; None where that cannot be read."""
+    for line in _lines(f"{proc_root}/meminfo"):
+        words = line.split()
+        if words[:1] == ["MemAvailable:"] and len(words) == 3 and words[2] == "kB":
+            value = _whole(words[1])
+            return None if value is None else value * 1024
+    return None
+
+
 class Sensors:
     """The device's senses. Call `read` from one thread; it remembers the reading before, to tell CPU use."""
 
@@ -111,7 +121,7 @@ class Sensors:
             io_pressure=self._pressure("io"),
             load=self._load(),
             cpu_others=self._cpu_others(now.mono, agent, running),
-            memory_free=self._memory(),
+            memory_free=memory_free(self._proc),
             disk_free=self._disk(),
             temperature=temperature,
             heat_margin=margin,
@@ -240,15 +250,6 @@ class Sensors:
         return self._budget.charge(None if spent is None else spent / _TICKS, today)
 
     # -- room ----------------------------------------------------------------------------------------------------
-
-    def _memory(self) -> int | None:
-        """Bytes of MemAvailable."""
-        for line in _lines(f"{self._proc}/meminfo"):
-            words = line.split()
-            if words[:1] == ["MemAvailable:"] and len(words) == 3 and words[2] == "kB":
-                value = _whole(words[1])
-                return None if value is None else value * 1024
-        return None
 
     def _disk(self) -> int | None:
         try:

@@ -87,6 +87,18 @@ class Kept:
     worked: tuple[int, int]
 
 
+def held(directory: Path) -> list[TaskManifest]:
+    """The manifests of the tasks in a state directory that may be another process's; nothing is changed, or OSError."""
+    found = []
+    tasks = directory / "tasks"
+    for folder in sorted(tasks.iterdir()) if tasks.exists() else []:
+        with contextlib.suppress(RemoteProtocolError, FileNotFoundError):
+            state = wire.unpack((folder / "state").read_bytes(), TaskState, _STATE_MAX)
+            if (signed := _get(folder, state.manifest)) is not None:
+                found.append(wire.unpack(wire.unpack(signed, Signed).payload, TaskManifest))
+    return found
+
+
 class Store:
     """The state directory of the agent; used by the owner thread alone."""
 

@@ -33,6 +33,11 @@ _MAYBE = "; what was asked may still be done, so look before you ask again"
 HURRY = 1.0
 """Seconds in which a client must have asked: until then it keeps others waiting."""
 
+
+class NotRunning(LinkError):
+    """Nobody listens at the door."""
+
+
 Reply = Callable[[Mapping[str, object]], None]
 R = TypeVar("R", bound=Wire)
 
@@ -141,7 +146,7 @@ class ControlServer(Generic[R]):
 
 
 def ask(folder: Path, request: Wire, door: Door) -> dict[str, Any]:
-    """The running daemon's answer, which may be {"error": text}; LinkError says why there is none.
+    """The running daemon's answer, which may be {"error": text}; LinkError says why there is none (NotRunning).
 
     With "pending" beside the error nobody knows whether what was asked is done.
     """
@@ -154,7 +159,7 @@ def ask(folder: Path, request: Wire, door: Door) -> dict[str, Any]:
             asked = True
             line = _receive(connection, ANSWER_MAX, 2 * PATIENCE)
     except (FileNotFoundError, ConnectionRefusedError):
-        raise LinkError(f"the {name} is not running (nothing listens at {path}); {door.start}") from None
+        raise NotRunning(f"the {name} is not running (nothing listens at {path}); {door.start}") from None
     except PermissionError:
         raise LinkError(f"no permission to ask the {name} at {path}; try as root or as a member of its group") from None
     except TimeoutError:

@@ -20,6 +20,8 @@ COMMANDS = [
     ["run"],
     ["status"],
     ["why"],
+    ["doctor"],
+    ["bugreport"],
     ["pause"],
     ["resume"],
     ["enrol"],

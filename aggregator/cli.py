@@ -21,7 +21,7 @@ from shared.topics import is_name
 
 if TYPE_CHECKING:
     from aggregator.config import AggregatorConfig
-    from aggregator.ports import StoredTask
+    from aggregator.ports import Contribution, StoredTask
     from aggregator.release import Description
     from shared.messages import Root, TaskManifest
     from shared.mqtt import LinkSettings
@@ -418,6 +418,63 @@ def _status(options: argparse.Namespace) -> int:
     if not running:
         return cli.complain("aggregator", "the aggregator is not running; this is what it said last", Exit.UNREACHABLE)
     return Exit.OK
+
+
+def _devices(options: argparse.Namespace) -> int:
+    from aggregator import config, control
+    from aggregator.store import Store
+
+    settings = config.load(options.config, os.environ)
+    store = Store(settings.database, read_only=True)
+    rows: list[dict[str, Any]] = []
+    try:
+        more = True
+        while more:
+            after = rows[-1]["device"] if rows else ""
+            request = control.Request("devices", after=after, waiting=options.waiting)
+            answer = control.ask(settings.state.directory, request)
+            last = store.last_updates([each["device"] for each in answer["devices"]])
+            rows += [each | _last_update(last.get(each["device"])) for each in answer["devices"]]
+            more = answer["more"]
+    finally:
+        store.close()
+    if options.json:
+        show({"devices": rows}, True)
+        return Exit.OK
+    heads = ("device", "state", "waits for", "heard", "last update", "version", "data sets", "certificate until")
+    lines = [
+        (
+            row["device"],
+            "eligible" if row["eligible"] else "online" if row["online"] else "offline",
+            (", ".join(row["obstacles"]) or "settling") if row["online"] and not row["eligible"] else "-",
+            cli.moment(row["heard"]),
+            f"{row['last_task']} {row['last_round']}: {row['last_outcome']}" if row["last_task"] else "-",
+            row["version"],
+            ", ".join(row["datasets"]) or "-",
+            cli.moment(row["certificate_expires"])[:10] if row["certificate_expires"] else "-",
+        )
+        for row in rows
+    ]
+    cli.table(heads, [tuple(cli.printable(cell) for cell in line) for line in lines])
+    return Exit.OK
+
+
+def _last_update(row: "Contribution | None") -> dict[str, object]:
+    """A device's newest update, and its certificate's end, as that update carried it."""
+    from cryptography import x509
+
+    from shared import wire
+    from shared.messages import UpdateHead
+
+    names = ("last_task", "last_round", "last_outcome", "last_at", "certificate_expires")
+    if row is None:
+        return dict.fromkeys(names)
+    expires = None
+    if row.head:  # verified before it was stored; a rejected update leaves none
+        certificate = x509.load_der_x509_certificate(wire.unpack(row.head, UpdateHead).certificate)
+        expires = int(certificate.not_valid_after_utc.timestamp())
+    outcome = row.outcome + (f" ({row.reason})" if row.reason else "")
+    return dict(zip(names, (row.task, row.origin_round, outcome, int(row.at), expires), strict=True))
 
 
 def _held(lock: Path) -> bool:
@@ -1000,6 +1057,17 @@ def _parser() -> Parser:
         "An exit code of 5 means that it is not running; what it said last is printed all the same.",
         "aggregator status --config fleet/aggregator/aggregator.toml --json",
     )  # fmt: skip
+    _add_config(one)
+    cli.add_json(one)
+
+    one = cli.add_command(
+        groups, "devices", _devices, "say what each device waits for",
+        "Print each device that the broker remembers: whether it is there and may train or what it waits for, when it "
+        "was heard last, what became of its last update (of the newest five rounds), its version and data sets.",
+        "aggregator devices --config fleet/aggregator/aggregator.toml",
+        "aggregator devices --waiting --json --config fleet/aggregator/aggregator.toml",
+    )  # fmt: skip
+    one.add_argument("--waiting", action="store_true", help="only those that are here and may not train")
     _add_config(one)
     cli.add_json(one)
 

@@ -15,11 +15,17 @@ DOOR = Door("aggregator", "`aggregator run` or `systemctl start aggregator` star
 
 
 class Request(Wire, frozen=True):
-    """Something for a task; `to` is the number of the release that a rollback brings back (None: the one before)."""
+    """Something for a task; `to` is the number of the release that a rollback brings back (None: the one before).
 
-    verb: Literal["pause", "resume", "stop", "rollback"]
-    task: Name
+    "devices" is about no task: a page of the devices whose names come after `after`, with `waiting` only those that are
+    here and do not train; `more` in its answer says that it goes on.
+    """
+
+    verb: Literal["pause", "resume", "stop", "rollback", "devices"]
+    task: Name | None = None
     to: Uint | None = None
+    after: Annotated[str, Meta(max_length=64)] = ""
+    waiting: bool = False
 
 
 ControlRequest = control.ControlRequest[Request]

@@ -7,6 +7,7 @@ which the next start continues.
 
 import collections
 import contextlib
+import heapq
 import json
 import os
 import threading
@@ -67,6 +68,10 @@ _EXPIRES_SOON = 30
 """Days of validity below which it is told."""
 _SHOW_EVERY = 1.0
 """Seconds between two writings of the status file at the least."""
+_PAGE, _PAGE_BYTES = 500, 512 << 10
+"""Devices, and bytes of JSON, that one answer holds."""
+_OBSTACLES = 32
+"""Kinds of obstacles that are counted by name: devices choose the names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,8 +282,14 @@ class Service:
         raise RemoteProtocolError(Reason.QUARANTINED, f"{len(message.payload)} bytes that killed the process before")
 
     def _commanded(self, event: control.ControlRequest, now: Instant) -> list[Effect]:
-        """The operator wants something of a task."""
+        """The operator wants to see devices, or something of a task."""
         request, target = event.request, None
+        if request.verb == "devices":
+            event.reply(self._devices(request, now))
+            return []
+        if request.task is None:
+            event.reply({"error": f"{request.verb} is for a task, and none is named"})
+            return []
         task = self._coordinator.tasks.get(request.task)
         if request.verb == "rollback" and task is not None:
             kept = self._store.releases(request.task, task.manifest.version, self._config.limits.keep_releases)
@@ -291,6 +302,33 @@ class Service:
                 return []
             target = found.signed
         return self._decide(core.TaskCommand(request.task, request.verb, target, event.reply), now)
+
+    def _devices(self, request: control.Request, now: Instant) -> dict[str, object]:
+        """A page of the devices by name, as they said themselves; a whole fleet does not fit into one answer."""
+        devices, size = self._coordinator.devices, 0
+        page: list[dict[str, object]] = []
+
+        def waits(status: DeviceStatus) -> bool:
+            return status.online and not status.eligible
+
+        names = (n for n, each in devices.items() if n > request.after and (not request.waiting or waits(each.status)))
+        chosen = heapq.nsmallest(_PAGE + 1, names)
+        for name in chosen[:_PAGE]:
+            status, heard = devices[name].status, devices[name].heard
+            row = {
+                "device": name,
+                "online": status.online,
+                "eligible": status.online and status.eligible,
+                "obstacles": status.obstacles,
+                "datasets": status.datasets,
+                "version": status.version,
+                "heard": round(now.utc - (now.mono - heard)),
+            }
+            size += len(json.dumps(row))
+            if page and size > _PAGE_BYTES:
+                break
+            page.append(row)
+        return {"devices": page, "more": len(chosen) > len(page)}
 
     def _holds(self, blob: bytes) -> bool:
         try:
@@ -802,6 +840,7 @@ class Service:
             "connected": self._link.connected,
             "broker": f"{self._config.broker.host}:{self._config.broker.port}",
             "devices": {"online": len(online), "eligible": sum(status.eligible for status in online)},
+            "waiting": waiting(online),
             "tasks": {name: _summary(task) for name, task in sorted(tasks.items())},
             "certificate_days": self._days_left,
             "retained_bytes": self._distribution.retained_bytes(),
@@ -845,6 +884,18 @@ _TOLD: Mapping[core.TaskState, Event] = {
     "paused": Event.TASK_PAUSED,
     "stopped": Event.TASK_STOPPED,
 }
+
+
+def waiting(online: Iterable[DeviceStatus]) -> dict[str, int]:
+    """How many devices wait for what, by obstacle, the most frequent first; one that names none is about to be ready.
+
+    A device with two obstacles counts twice.
+    """
+    found: collections.Counter[str] = collections.Counter()
+    for status in online:
+        if not status.eligible:
+            found.update(set(status.obstacles) or {"settling"})
+    return dict(found.most_common(_OBSTACLES))
 
 
 def _keep(path: Path, data: bytes) -> None:

@@ -377,6 +377,27 @@ class Store(ports.Store):
             row = self._connection.execute(query).one_or_none()
             return None if row is None else _contribution(row)
 
+    def last_updates(self, devices: Sequence[str], rounds: int = 5) -> dict[str, Contribution]:
+        """The newest update of each device, if it was for one of the newest `rounds` of a task."""
+        found: dict[str, Contribution] = {}
+        for task in self.tasks():
+            if task.round is None:
+                continue
+            recent = range(max(1, task.round.number - rounds + 1), task.round.number + 1)
+            # By equality alone, so that every row is found by the primary key.
+            query = sa.select(_contributions).where(
+                _contributions.c.task == task.name,
+                _contributions.c.manifest_version == task.manifest_version,
+                _contributions.c.origin_round.in_(list(recent)),
+                _contributions.c.device.in_(list(devices)),
+            )
+            with self._reading():
+                rows = [_contribution(row) for row in self._connection.execute(query)]
+            for row in rows:
+                if row.device not in found or found[row.device].at < row.at:
+                    found[row.device] = row
+        return found
+
     def weights_in_use(self, keep: int) -> set[bytes]:
         """Names of the weights of the newest `keep` releases of each task's newest manifest."""
         key = (_releases.c.task, _releases.c.manifest_version)

@@ -18,6 +18,7 @@ from aggregator.config import load
 from aggregator.store import Store
 from shared.version import VERSION
 from tests.records import Records
+from tests.unit.test_aggregator_store import begun, row
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "examples" / "digits"
@@ -35,6 +36,7 @@ COMMANDS = [
     ["model", "export"],
     ["run"],
     ["status"],
+    ["devices"],
     ["backup"],
     ["restore"],
     ["task"],
@@ -381,6 +383,49 @@ def test_task_list_reads_the_database(site: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.split() == [
         *("task", "version", "release", "round", "wanted", "phase", "updates", "expires")
     ]
+
+
+def test_devices_come_in_pages_with_their_last_update(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All pages, what each waits for, and from the database what became of its update; words or one JSON object."""
+    config = site / "fleet" / "aggregator" / "aggregator.toml"
+    settings = load(config)
+    settings.state.directory.mkdir(exist_ok=True)
+    store = begun(settings.database)
+    with store.transaction():
+        store.contribute([row("a", head=b"", outcome="rejected", reason="bad_body")])
+    store.close()
+    asked: list[control.Request] = []
+
+    def device(name: str, **changes: object) -> dict[str, object]:
+        plain = {"device": name, "online": True, "eligible": False, "obstacles": ["mains\x1b"], "datasets": ["d"]}
+        return plain | {"version": "1", "heard": 1_795_307_220} | changes
+
+    def owner(event: control.ControlRequest) -> None:
+        asked.append(event.request)
+        first = not event.request.after
+        event.reply({"devices": [device("a" if first else "b")], "more": first})
+
+    door = control.server(settings.state.directory, owner)
+    door.start()
+    try:
+        assert cli.main(["devices", "--waiting", "--json", "--config", str(config)]) == 0
+        rows = _json(capsys)["devices"]
+        assert isinstance(rows, list)
+        a, b = rows
+        assert (a["last_task"], a["last_round"], a["last_outcome"]) == ("points", 1, "rejected (bad_body)")
+        assert b["last_task"] is None and b["certificate_expires"] is None
+        assert [(each.verb, each.after, each.waiting) for each in asked] == [
+            ("devices", "", True),
+            ("devices", "a", True),
+        ]
+        assert cli.main(["devices", "--config", str(config)]) == 0
+    finally:
+        door.stop()
+    out = capsys.readouterr().out
+    shutil.rmtree(settings.state.directory)
+    assert "\x1b" not in out and "points 1: rejected (bad_body)" in out and "2026-11-22" in out
 
 
 def test_backup_and_restore(site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -891,3 +891,65 @@ def test_what_the_broker_does_not_take_whole_leaves_in_chunks(bench: Bench) -> N
     release = bench.service._coordinator.tasks[TASK].release
     assert (release.number, release.weights.chunk_size) == (1, CHUNK_MIN)
     assert bench.service._config.limits.inline_max > release.weights.size
+
+
+def asked(bench: Bench, **request: Any) -> dict[str, Any]:
+    """The answer to a question about devices."""
+    answers: list[Any] = []
+    bench.batch(ControlRequest(control.Request("devices", **request), answers.append))
+    (answer,) = answers
+    assert isinstance(answer, dict)
+    return answer
+
+
+def test_devices_say_what_they_wait_for(bench: Bench) -> None:
+    """Each as it said itself, by name; counted by obstacle for the whole fleet."""
+    waiting = status(False, obstacles=["mains", "cpu", "mains"], version="9")
+    bench.batch(
+        bench.message(bench.topics.device_status("sensor-2"), wire.pack(waiting)),
+        bench.message(bench.topics.device_status("sensor-3"), wire.pack(status(False))),
+        bench.message(bench.topics.device_status("sensor-4"), wire.pack(status(False, online=False, obstacles=["io"]))),
+    )
+    answer = asked(bench)
+    assert not answer["more"]
+    rows = {row["device"]: row for row in answer["devices"]}
+    assert list(rows) == ["sensor-1", "sensor-2", "sensor-3", "sensor-4"]
+    assert rows["sensor-1"]["eligible"] and rows["sensor-2"]["obstacles"] == ["mains", "cpu", "mains"]
+    assert rows["sensor-2"]["version"] == "9" and abs(rows["sensor-2"]["heard"] - read_clock().utc) < 60
+    assert [row["device"] for row in asked(bench, waiting=True)["devices"]] == ["sensor-2", "sensor-3"]
+    bench.service._show()
+    shown = json.loads((bench.folder / "state" / "status.json").read_text())
+    assert shown["waiting"] == {"mains": 1, "cpu": 1, "settling": 1}
+
+
+def test_a_fleet_comes_in_pages(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many devices, and bytes, as an answer holds; the next page begins after the last name."""
+    monkeypatch.setattr(service, "_PAGE", 3)
+    presence = bench.service._coordinator.devices["sensor-1"]
+    bench.service._coordinator.devices |= {f"d-{number}": presence for number in range(7)}
+    found, after = [], ""
+    while True:
+        answer = asked(bench, after=after)
+        names = [row["device"] for row in answer["devices"]]
+        assert len(names) <= 3
+        found += names
+        if not answer["more"]:
+            break
+        after = names[-1]
+    assert found == sorted(bench.service._coordinator.devices)
+    monkeypatch.setattr(service, "_PAGE_BYTES", 1)
+    assert len(asked(bench)["devices"]) == 1 and asked(bench)["more"]
+
+
+def test_obstacles_are_counted_up_to_a_bound() -> None:
+    """Devices choose the words."""
+    many = [status(False, obstacles=[f"o{number}"]) for number in range(100)] + [status(False, obstacles=["mains"])] * 2
+    found = service.waiting(many)
+    assert next(iter(found.items())) == ("mains", 2) and len(found) == 32
+
+
+def test_a_request_without_a_task_is_refused(bench: Bench) -> None:
+    """All but devices are for one."""
+    answers: list[Any] = []
+    bench.batch(ControlRequest(control.Request("pause"), answers.append))
+    assert "none is named" in answers[0]["error"]

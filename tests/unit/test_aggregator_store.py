@@ -731,3 +731,24 @@ def test_a_database_that_may_not_be_written(tmp_path: Path) -> None:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(StorageError, match="Read-only"):
             Store(disk / "db")
+
+
+def test_the_last_update_of_a_device(tmp_path: Path) -> None:
+    """The newest, counted or not, of the newest rounds; nothing of devices that nobody asks about."""
+    store = begun(tmp_path / "db")
+    with store.transaction():
+        store.contribute([row("a", 1), row("b", 2)])
+        store.end_round("points", 1, 1, "released", NOW)
+        store.open_round("points", 1, 2, offer(2), NOW + 10)
+        again = row(
+            "a", 1, origin_round=2, collected_in=2, at=NOW + 20, outcome="rejected", reason="bad_body", head=b""
+        )
+        store.contribute([again])
+    found = store.last_updates(["a", "b", "c"])
+    assert {name: (each.origin_round, each.outcome) for name, each in found.items()} == {
+        "a": (2, "rejected"),
+        "b": (1, "accepted"),
+    }
+    assert list(store.last_updates(["b"])) == ["b"] and store.last_updates([]) == {}
+    assert store.last_updates(["b"], rounds=1) == {}
+    store.close()

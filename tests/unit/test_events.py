@@ -8,13 +8,14 @@ import pytest
 from shared.events import Event, level_of, message_id_of
 
 ROOT = Path(__file__).parents[2]
-ROW = re.compile(r"^\| `([a-z.]+)` \| (\w+) \| (.+) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| `([a-z.]+)` \| (\w+) \| (.+) \| ([0-9a-f]{32}) \|$", re.MULTILINE)
 
 
 def test_documentation_lists_exactly_these_events() -> None:
-    """docs/events.md has a row for each, with its level and a meaning."""
+    """docs/events.md has a row for each, with its level, a meaning and its MESSAGE_ID."""
     rows = ROW.findall((ROOT / "docs/events.md").read_text())
-    assert [(name, level) for name, level, _ in rows] == [(event.value, level_of(event)) for event in Event]
+    found = [(name, level, id) for name, level, _, id in rows]
+    assert found == [(event.value, level_of(event), message_id_of(event)) for event in Event]
 
 
 @pytest.mark.parametrize("event", Event)

@@ -52,6 +52,17 @@ def test_memory_is_bounded(steps: list[tuple[int, bool]]) -> None:
         assert all(held.count(each) <= 3 for each in held)
 
 
+def test_the_longest_away_is_forgotten_first() -> None:
+    """A thousand addresses leave eight behind; who is connected is never among those that are forgotten."""
+    door = admission(burst=1)
+    assert door.came("stays", 0.0) == "serve"
+    for number in range(1000):
+        assert door.came(str(number), 0.0) == "serve"
+        door.left(str(number))
+    assert len(door) == 8
+    assert [door.came("stays", 0.0), door.came("0", 0.0)] == ["answer", "serve"]
+
+
 @pytest.mark.parametrize(
     ("address", "network"),
     [

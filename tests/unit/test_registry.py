@@ -221,6 +221,14 @@ def test_a_used_token_repeats_its_answer_to_the_same_key_alone() -> None:
     assert refused(book, asks()) is Refused.REVOKED
 
 
+def test_a_used_token_is_nothing_to_another_device() -> None:
+    """Not even to one that has a certificate of its own."""
+    book = ledger()
+    book.issue(enrol(book, asks()), NOW)
+    book.issue(Issue("dev-2", KEYS[1].public_key(), None), NOW)
+    assert refused(book, asks(None, key=1)) is Refused.TOKEN_USED
+
+
 def test_a_name_belongs_to_who_took_it_first() -> None:
     """Only a token made for this one name, to replace it, gives it to another key."""
     for limit, again, allowed in (

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -361,9 +362,18 @@ def test_slow_strangers_keep_nobody_out(site: Site) -> None:
 
 
 def test_many_strangers_at_a_time(site: Site) -> None:
-    """A thousand connections that are dropped leave no trace in memory or descriptors."""
-    assert site.process is not None
+    """Thousands of connections that are dropped leave no descriptor, and after the first thousand no memory."""
+    flood(site)
     before = memory(site)
+    for _ in range(3):
+        flood(site)
+    assert memory(site) - before < 12 << 20
+    assert site.call("GET", CA_PATH)[0] == 200
+
+
+def flood(site: Site) -> None:
+    """A thousand connections that say nothing and go; return when the registrar has seen them all off."""
+    assert site.process is not None
     for _ in range(1000):
         site.connect().close()
     end = time.monotonic() + 20
@@ -371,8 +381,6 @@ def test_many_strangers_at_a_time(site: Site) -> None:
     while len(list(folder.iterdir())) > 20 and time.monotonic() < end:
         time.sleep(0.1)
     assert len(list(folder.iterdir())) <= 20
-    assert memory(site) - before < 16 << 20
-    assert site.call("GET", CA_PATH)[0] == 200
 
 
 def ended(connection: socket.socket) -> bool:
@@ -456,7 +464,9 @@ def test_a_deny_list_that_cannot_be_read_ends_it(tmp_path: Path) -> None:
     """Nobody may be let in whom it might deny."""
     with make_site(tmp_path) as site:
         (site.home / "deny.txt").write_bytes(b"\xff\xfe")
-        assert reason(site.enrol(Token("a" * 12, bytes(32), bytes(32)), new_key(), "x")) is Refused.UNAVAILABLE
+        # It looks by itself too, and may be gone already.
+        with contextlib.suppress(OSError):
+            assert reason(site.enrol(Token("a" * 12, bytes(32), bytes(32)), new_key(), "x")) is Refused.UNAVAILABLE
         assert site.process is not None and site.process.wait(20) == 78
         site.process = None
 

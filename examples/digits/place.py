@@ -134,6 +134,7 @@ settle = {SETTLE}
 
 [trainer]
 threads = 1
+scheduling = "normal"
 
 [data.digits]
 path = "digits.npz"

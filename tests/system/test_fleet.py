@@ -378,7 +378,7 @@ def test_stopped_and_started(running: Running) -> None:
         os.kill(daemon.pid, signal.SIGTERM)
     for daemon in running.daemons:
         assert daemon.ended() == 0
-    assert time.monotonic() - began < 8.0
+    assert time.monotonic() - began < 25.0  # one that has just begun to import torch leaves when it can listen
     for pid in trainers:
         gone(pid)
     for daemon in running.daemons:

@@ -356,10 +356,9 @@ def test_no_torch(running: Running, extra: Callable[..., Device], tmp_path: Path
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}:{TOP}" exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     device = extra(STRANGER_TO_TORCH, f'[trainer]\npython = "{python}"\n')
-    failed = device.daemon.wait("training.failed")
-    assert failed["task"] == "clouds"
+    device.daemon.wait("trainer.died")  # the job failed, or was left because of the obstacle, whichever came first
     said = " ".join(str(line["line"]) for line in device.daemon.read() if line["event"] == "trainer.said")
-    assert "No module named 'torch'" in said + failed["detail"]
+    assert "No module named 'torch'" in said
     assert "release.accepted" in {line["event"] for line in device.daemon.read()}
     until(lambda: "no_trainer" in {each["name"] for each in device.status()["obstacles"]} or None, "the obstacle")
     assert device.status()["tasks"]["clouds"]["release"] is not None

@@ -6,13 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from deploy.deb import contents
@@ -22,16 +19,12 @@ from shared import lock
 from shared.events import Event, message_id_of
 from shared.version import VERSION
 from tests.hostile.daemon import LEASH, until
-from tests.hostile.field import POLICY
+from tests.system import plant
 from tests.system.conftest import ROOT, Packages
 from tests.system.machine import Machine
+from tests.system.plant import LENT, SITE, VENV, lend_trainer, needs_same_python, points, publish, status, waited
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]  # the first one builds packages and root file system
-
-SITE = Path(sysconfig.get_path("purelib"))
-VENV = "/usr/lib/fieldfare-agent"
-LENT = "/srv/lent"
-needs_same_python = pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="lends torch to Debian 12's Python 3.11")
 
 MODEL = '''
 """A small net for points in six dimensions."""
@@ -61,43 +54,6 @@ min_updates = 1
 rounds = 3
 deadline = 60
 """
-
-
-def lend_trainer(machine: Machine) -> None:
-    """What `edge-agent trainer install` would download, as links to this environment's, which the machine can read."""
-    wanted = lock.names(lock.subset((ROOT / "requirements/lock.txt").read_text(), WANTED)) | {"torch", "torchgen"}
-    wanted |= {"functorch", "numpy.libs", "typing_extensions.py"}
-    names = [
-        entry.name
-        for entry in SITE.iterdir()
-        if entry.name in wanted or lock.canonical(entry.name.partition("-")[0]) in wanted
-    ]
-    assert set(WANTED) <= set(names)
-    site = f"{VENV}/lib/python3.11/site-packages"
-    machine.shell("".join(f"ln -s {LENT}/{name} {site}/{name}\n" for name in names))
-
-
-def status(machine: Machine) -> dict[str, Any]:
-    """`edge-agent status --json`."""
-    found: dict[str, Any] = json.loads(machine.run("edge-agent", "status", "--json").stdout)
-    return found
-
-
-def obstacles(machine: Machine) -> set[str]:
-    """What keeps the device from training, by name."""
-    return {each["name"] for each in status(machine)["obstacles"]}
-
-
-def waited(machine: Machine, name: str) -> None:
-    """Wait until the device reports this obstacle, and no other."""
-
-    def found() -> bool | None:
-        ran = machine.run("edge-agent", "status", "--json", check=False)
-        return (
-            True if ran.returncode == 0 and name in {o["name"] for o in json.loads(ran.stdout)["obstacles"]} else None
-        )
-
-    until(found, f"the obstacle {name}")
 
 
 # -- the packages as files -----------------------------------------------------------------------------------------
@@ -169,41 +125,7 @@ def machine(machines: Callable[..., Machine], packages: Packages) -> Machine:
 @pytest.fixture(scope="module")
 def field(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Machine:
     """The same as a whole fleet: broker, aggregator and one device, all running; no torch, and no task yet."""
-    machine.run(
-        "aggregator", "fleet", "init", "/root/fleet", "--name", "test", "--host", "localhost", "--no-passphrase",
-        "--broker-home", "/etc/mosquitto/fieldfare", "--broker-data", "/var/lib/mosquitto",
-        "--broker-user", "mosquitto",
-    )  # fmt: skip
-    machine.shell(
-        """
-        cd /root/fleet
-        install -d -m 700 -o mosquitto -g mosquitto /etc/mosquitto/fieldfare
-        install -m 600 -o mosquitto -g mosquitto -t /etc/mosquitto/fieldfare \
-            broker/{mosquitto.conf,acl,ca.crt,server.crt,server.key}
-        install -m 644 -t /etc/fieldfare aggregator/{aggregator.toml,agg-0.crt,ca.crt,root.msgpack}
-        install -m 600 -t /etc/fieldfare aggregator/{agg-0.key,signing.key}
-        aggregator device add pump-1 --fleet /root/fleet -o /root/pump-1
-        install -m 644 -t /etc/fieldfare /root/pump-1/{agent.toml,device.crt,ca.crt,root.msgpack}
-        install -m 600 -t /etc/fieldfare /root/pump-1/device.key
-        """
-    )
-    machine.write(
-        "/etc/fieldfare/aggregator.toml.d/state.toml", '[state]\ndirectory = "/var/lib/fieldfare-aggregator"\n'
-    )
-    data = '[data.clouds]\npath = "/srv/data/clouds.npz"\n'
-    machine.write("/etc/fieldfare/agent.toml.d/site.toml", f"{POLICY}sense = 1.0\n{data}")
-    dice = np.random.default_rng(1)
-    y = dice.integers(0, 3, 120)
-    points = tmp_path_factory.mktemp("data") / "clouds.npz"
-    np.savez(points, x=(dice.normal(size=(120, 6)) + 3 * np.eye(3, 6)[y]).astype(np.float32), y=y.astype(np.int64))
-    machine.copy_in(points, "/srv/data/clouds.npz")
-    machine.drop_in(
-        "mosquitto.service",
-        "fieldfare",
-        "[Service]\nExecStart=\nExecStart=/usr/sbin/mosquitto -c /etc/mosquitto/fieldfare/mosquitto.conf\n",
-    )
-    machine.run("systemctl", "enable", "--now", "--quiet", "mosquitto")
-    machine.run("systemctl", "enable", "--now", "--quiet", "aggregator", "edge-agent")
+    plant.set_up(machine, points(tmp_path_factory.mktemp("data") / "clouds.npz", (6,)), "clouds")
     return machine
 
 
@@ -255,17 +177,7 @@ def test_device_trains_and_reports(field: Machine, tmp_path: Path) -> None:
     lend_trainer(field)
     (tmp_path / "net.py").write_text(MODEL)
     (tmp_path / "task.toml").write_text(TASK)
-    fleet = field.disk / "root/fleet"
-    build = ["release", "build", f"{tmp_path / 'net.py'}:net", "--loss", "cross_entropy", "--fleet", str(fleet)]
-    build += ["--task", str(tmp_path / "task.toml"), "-o", str(field.disk / "root/clouds.release")]
-    ran = subprocess.run([sys.executable, "-m", "aggregator.cli", *build], cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    operator = "/root/fleet/operator"
-    field.run(
-        "mosquitto_pub", "-V", "5", "-h", "localhost", "-p", "8883", "--cafile", f"{operator}/ca.crt", "--cert",
-        f"{operator}/operator.crt", "--key", f"{operator}/operator.key", "-r", "-q", "1", "-t", "models/release",
-        "-f", "/root/clouds.release",
-    )  # fmt: skip
+    publish(field, f"{tmp_path / 'net.py'}:net", tmp_path / "task.toml")
     accepted = field.wait_journal("edge-agent", TASK="clouds", ROUND=1, EVENT="update.answered")
     assert accepted["OUTCOME"] == "accepted"
     finished = field.wait_journal("edge-agent", TASK="clouds", ROUND=1, EVENT="training.finished")

@@ -6,8 +6,9 @@
 
 The root file system is made once (mmdebstrap, 45 s) and kept below the user's cache, by the list of its packages. Each
 machine writes to an overlay on it, in memory. Machines that share a `Wire` share one network, a loopback with nothing
-else on it. Everything is mounted in a mount namespace that a process of ours holds open, and everything dies with the
-tests (setpriv --pdeathsig), so nothing is left on this machine whatever ends the tests.
+else on it, and each has control groups of its own. Everything is mounted in a mount namespace that a process of ours
+holds open, and everything dies with the tests (setpriv --pdeathsig), so nothing is left on this machine whatever ends
+the tests, but for empty control groups.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ _PREPARED = (
     'rm -f "$1/etc/resolv.conf"',
 )
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_CONTROLLERS = ("memory", "cpu", "pids")
+_CONTROLLERS = ("memory", "cpu", "cpuacct", "pids")
 _WANTS_REBOOT = 133
 """What systemd-nspawn ends with when the machine restarts."""
 
@@ -102,6 +103,9 @@ class Machine:
         self._wire, self._lent = wire, dict(lend or {})
         self._holder = _hold("--mount", "--propagation", "private")
         self._container: subprocess.Popen[bytes] | None = None
+        self.groups: list[Path] = []
+        """Its control groups, one in each hierarchy; none before it was switched on."""
+
         base = root_file_system()
         # Below a tmpfs, so that not even empty folders are left on this machine.
         self._inside(
@@ -124,8 +128,11 @@ class Machine:
         lent = [f"--bind-ro={source}:{target}" for source, target in self._lent.items()]
         command = ["systemd-nspawn", "--register=no", "--keep-unit", "--quiet", "--directory=/mnt/root", "--boot"]
         command += [f"--machine={self.name}", "--console=pipe", "--link-journal=no", network, *lent]
+        self.groups = _groups(f"fieldfare-{self._holder.pid}")
+        inside = 'for group; do [ "$group" != -- ] || break; echo $$ >"$group/cgroup.procs"; shift; done; shift'
+        enter = ["sh", "-ec", f'{inside}; exec "$@"', "sh", *map(str, self.groups), "--"]
         self._container = subprocess.Popen(
-            [*LEASH, "nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", *command],
+            [*LEASH, *enter, "nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -143,6 +150,7 @@ class Machine:
         until(up, f"the start of {self.name}", 60.0)
         for name in _CONTROLLERS:  # makes limits real where this host has the old hierarchies, read-only until now
             self.run("sh", "-c", f"mount -o remount,rw,bind /sys/fs/cgroup/{name} 2>/dev/null || true")
+        self.run("systemctl", "daemon-reexec")  # which is when systemd looks what it can limit
 
     def reboot(self) -> None:
         """Restart it in order; returns when it is up again."""
@@ -175,6 +183,7 @@ class Machine:
             self.pull_the_plug()
         self._holder.kill()
         self._holder.wait()
+        _remove(self.groups)
 
     def __enter__(self) -> Self:
         try:
@@ -307,6 +316,39 @@ class Power:
     def set(self, online: bool) -> None:
         """Plug it in or pull it."""
         self._machine.write("/srv/power/AC/online", f"{int(online)}\n")
+
+
+def _groups(name: str) -> list[Path]:
+    """A control group of its own below ours in every hierarchy, so that two machines never share a unit's."""
+    ours = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    made = []
+    for words in (line.split() for line in Path("/proc/self/mounts").read_text().splitlines()):
+        if words[2] not in ("cgroup", "cgroup2"):
+            continue
+        options = {option.removeprefix("name=") for option in words[3].split(",")} if words[2] == "cgroup" else {""}
+        for _, controllers, path in ours:
+            here = Path(words[1] + path.rstrip("/"))
+            if controllers.removeprefix("name=").split(",")[0] not in options or not here.is_dir():
+                continue
+            (here / name).mkdir(exist_ok=True)
+            if (here / "cpuset.cpus").exists():  # it takes no process until somebody says which CPUs are its own
+                for file in ("cpuset.cpus", "cpuset.mems"):
+                    (here / name / file).write_text((here / file).read_text())
+            made.append(here / name)
+    return made
+
+
+def _remove(groups: Sequence[Path]) -> None:
+    """Take control groups away whose processes are ending, with all below them."""
+
+    def gone() -> bool | None:
+        for group in groups:
+            for folder, _, _ in os.walk(group, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+        return True if not any(group.exists() for group in groups) else None
+
+    until(gone, "the end of the control groups")
 
 
 def _hold(*namespaces: str) -> subprocess.Popen[bytes]:

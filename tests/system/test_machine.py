@@ -57,10 +57,11 @@ def test_machines_on_one_wire_hear_each_other(machines: Callable[..., Machine]) 
 
 
 def test_nothing_is_left(machines: Callable[..., Machine]) -> None:
-    """A machine that ended left no mount, no process and no folder here."""
+    """A machine that ended left no mount, no process, no control group and no folder here."""
     before = Path("/proc/self/mounts").read_text()
     with Machine("brief") as made:
-        holder = made.disk.parents[2]
+        holder, groups = made.disk.parents[2], made.groups
         assert Path("/proc/self/mounts").read_text() == before
         assert made.run("hostname").stdout.strip() == "brief"
+    assert groups and not any(group.exists() for group in groups)
     assert not holder.exists() and not Path("/run/systemd/nspawn/propagate/brief").exists()

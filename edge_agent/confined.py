@@ -58,6 +58,10 @@ def _confine(parent: int, memory_max: int, nice: int, idle: bool, cgroup: Path |
     if memory_max:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_max, memory_max))
     os.nice(nice)
+    with contextlib.suppress(OSError):
+        # Where no control group does, the kernel shares the CPU among sessions first (autogroup), and this process is a
+        # session of its own: its niceness would count among its own threads alone.
+        Path("/proc/self/autogroup").write_text("19" if idle else str(nice))
     if idle:
         # A sandbox may forbid either, and niceness is left then.
         with contextlib.suppress(OSError):

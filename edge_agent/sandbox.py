@@ -1,6 +1,6 @@
 """The control groups that systemd delegates to the agent's unit: the trainer lives in one of its own.
 
-    /sys/fs/cgroup/system.slice/edge-agent.service      the unit, with `Delegate=`
+    /sys/fs/cgroup/edge-agent.service                   the unit, with `Delegate=`
         agent                                           this process
         trainer                                         the child: idle, bounded, and frozen as one
 

@@ -17,7 +17,7 @@ from shared.logs import sentence
 from tests.hostile.field import POLICY
 from tests.system.conftest import ROOT, Packages
 from tests.system.machine import Machine
-from tests.system.test_package import LENT, SITE, lend_trainer, needs_same_python
+from tests.system.plant import LENT, SITE, lend_trainer, needs_same_python
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 

@@ -564,8 +564,10 @@ def _no_trainer(facts: DeviceFacts) -> Judgement:
         return _judged(
             _Rule.NO_TRAINER, Verdict.UNKNOWN, None, "installed", "only a start tells whether PyTorch is there"
         )
-    found, text = ("installed", "is") if facts.trainer else ("absent", "is not")
-    return _judged(_Rule.NO_TRAINER, facts.trainer, found, "installed", f"PyTorch {text} installed")
+    if facts.trainer:
+        return _judged(_Rule.NO_TRAINER, True, "installed", "installed", "PyTorch is installed")
+    text = "PyTorch is not installed: sudo edge-agent trainer install puts it in"
+    return _judged(_Rule.NO_TRAINER, False, "absent", "installed", text)
 
 
 def _above(rule: _Rule, value: float | None, limit: float, what: str) -> Judgement:

@@ -113,6 +113,8 @@ class Machine:
             " && mkdir /mnt/upper /mnt/work /mnt/root"
             f" && mount -t overlay -o lowerdir={base},upperdir=/mnt/upper,workdir=/mnt/work overlay /mnt/root"
         )
+        if wire is not None:  # by a name that does not depend on who sees which processes
+            self._inside(f"touch /mnt/wire && mount --bind {wire.path} /mnt/wire")
         self.disk = Path(f"/proc/{self._holder.pid}/root/mnt/root")
         """The machine's root directory as this process can reach it, on or off. Absolute links in it lead astray."""
 
@@ -124,9 +126,11 @@ class Machine:
     def boot(self) -> None:
         """Switch it on; returns when systemd has started everything."""
         assert self._container is None
-        network = "--private-network" if self._wire is None else f"--network-namespace-path={self._wire.path}"
+        network = "--private-network" if self._wire is None else "--network-namespace-path=/mnt/wire"
         lent = [f"--bind-ro={source}:{target}" for source, target in self._lent.items()]
-        command = ["systemd-nspawn", "--register=no", "--keep-unit", "--quiet", "--directory=/mnt/root", "--boot"]
+        # In a namespace of processes that ends with its first: nspawn alone, killed, would leave the machine running.
+        command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        command += ["systemd-nspawn", "--register=no", "--keep-unit", "--quiet", "--directory=/mnt/root", "--boot"]
         command += [f"--machine={self.name}", "--console=pipe", "--link-journal=no", network, *lent]
         self.groups = _groups(f"fieldfare-{self._holder.pid}")
         inside = 'for group; do [ "$group" != -- ] || break; echo $$ >"$group/cgroup.procs"; shift; done; shift'
@@ -141,7 +145,7 @@ class Machine:
         self._booted()
 
     def _booted(self) -> None:
-        until(self._first_process, f"a first process of {self.name}", 60.0)
+        until(lambda: self.first_process, f"a first process of {self.name}", 60.0)
 
         def up() -> bool | None:
             state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
@@ -170,7 +174,7 @@ class Machine:
     def pull_the_plug(self) -> None:
         """Everything that runs in it is gone at once; the disk stays."""
         assert self._container is not None
-        first = self._first_process()
+        first = self.first_process
         if first is not None:
             os.kill(first, signal.SIGKILL)
         self._container.kill()
@@ -283,18 +287,20 @@ class Machine:
     # -- the container -------------------------------------------------------------------------------------------
 
     def _entered(self, command: Sequence[str]) -> list[str]:
-        first = self._first_process()
+        first = self.first_process
         assert first is not None, f"{self.name} is off"
         clean = ["env", "-i", f"PATH={_PATH}", "HOME=/root", "LANG=C.UTF-8", "DEBIAN_FRONTEND=noninteractive"]
         return [*LEASH, "nsenter", f"--target={first}", "--all", "--root", "--wd", *clean, *command]
 
-    def _first_process(self) -> int | None:
+    @property
+    def first_process(self) -> int | None:
         """PID 1 of the machine, by its number here."""
         if self._container is None or self._container.poll() is not None:
             return None
         with contextlib.suppress(OSError, ValueError):
-            pid = self._container.pid
-            (first,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            first = str(self._container.pid)
+            for _ in ("nspawn", "systemd"):
+                (first,) = Path(f"/proc/{first}/task/{first}/children").read_text().split()
             # Before it is systemd it is nspawn, whose namespaces are not all made yet.
             if Path(f"/proc/{first}/comm").read_text().strip() == "systemd":
                 return int(first)
@@ -330,6 +336,9 @@ def _groups(name: str) -> list[Path]:
             here = Path(words[1] + path.rstrip("/"))
             if controllers.removeprefix("name=").split(",")[0] not in options or not here.is_dir():
                 continue
+            for old in here.glob("fieldfare-*"):  # of tests that were killed
+                if not Path(f"/proc/{old.name.removeprefix('fieldfare-')}").exists():
+                    _empty(old)
             (here / name).mkdir(exist_ok=True)
             if (here / "cpuset.cpus").exists():  # it takes no process until somebody says which CPUs are its own
                 for file in ("cpuset.cpus", "cpuset.mems"):
@@ -343,12 +352,16 @@ def _remove(groups: Sequence[Path]) -> None:
 
     def gone() -> bool | None:
         for group in groups:
-            for folder, _, _ in os.walk(group, topdown=False):
-                with contextlib.suppress(OSError):
-                    os.rmdir(folder)
+            _empty(group)
         return True if not any(group.exists() for group in groups) else None
 
     until(gone, "the end of the control groups")
+
+
+def _empty(group: Path) -> None:
+    for folder, _, _ in os.walk(group, topdown=False):
+        with contextlib.suppress(OSError):  # somebody lives there still
+            os.rmdir(folder)
 
 
 def _hold(*namespaces: str) -> subprocess.Popen[bytes]:

@@ -1,11 +1,14 @@
 """The machine that scenarios run on is one: it keeps its disk, shares a wire, shows its journal, and leaves nothing."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.hostile.daemon import until
+from tests.system.conftest import ROOT
 from tests.system.machine import Machine, Wire
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
@@ -65,3 +68,20 @@ def test_nothing_is_left(machines: Callable[..., Machine]) -> None:
         assert made.run("hostname").stdout.strip() == "brief"
     assert groups and not any(group.exists() for group in groups)
     assert not holder.exists() and not Path("/run/systemd/nspawn/propagate/brief").exists()
+
+
+def test_it_dies_with_the_tests(machines: Callable[..., Machine]) -> None:
+    """Tests that are killed leave no machine running."""
+    first = (
+        "from tests.system.machine import Machine as M; m = M('brief'); m.boot(); print(m.first_process, flush=True)"
+    )
+    tests = subprocess.Popen(
+        [sys.executable, "-c", f"{first}; input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert tests.stdin is not None and tests.stdout is not None
+    with tests.stdin, tests.stdout:
+        running = Path(f"/proc/{int(tests.stdout.readline())}")
+        assert running.exists()
+        tests.kill()
+        tests.wait()
+        until(lambda: not running.exists() or None, "the end of the machine")

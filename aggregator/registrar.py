@@ -31,7 +31,7 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from aggregator import ca, control, registry
+from aggregator import ca, control, registry, registry_store
 from aggregator.admission import Admission, Pace, network_of
 from aggregator.config import RegistrarConfig, RegistrarLimits
 from aggregator.control import RegistrarControl, RegistrarRequest
@@ -100,8 +100,10 @@ class Registrar:
             raise ConfigError(str(state), "state.directory", f"cannot be used: {error.strerror}") from None
         if self._lock is None:
             raise ConfigError(str(state), "state.directory", "another registrar runs on this directory")
-        self._store = RegistryStore(state / "registry.db")
+        self._store = RegistryStore(state / registry_store.FILE)
         self._crl_due = True
+        self._looked: frozenset[str] = frozenset()
+        """Names on the deny list whose certificates are revoked; they get no others."""
         try:
             self._take_bundles()
             self.look(now)
@@ -189,6 +191,7 @@ class Registrar:
             pem=made.public_bytes(Encoding.PEM).decode(),
         )
         self._store.add_certificate(stored)
+        self._looked -= {decision.name}  # it was taken off the list, and may be put on it again before the next look
         return stored
 
     def _remember(self, certificate: x509.Certificate, shown: Shown) -> None:
@@ -245,14 +248,15 @@ class Registrar:
         denied = self._deny.names()
         try:
             with self._store.transaction():
-                names = self._store.unrevoked(denied) if denied else []
-                revoked = {name: self._store.revoke_certificates(name, now) for name in names}
+                revoked = {name: self._store.revoke_certificates(name, now) for name in sorted(denied - self._looked)}
         except StorageError as error:
             tell(Event.STORAGE_FAILED, detail=str(error))
             return
+        self._looked = denied
         for name, count in revoked.items():
-            tell(Event.DEVICE_REVOKED, device=name, certificates=count, cause="denied")
-            self._crl_due = True
+            if count:
+                tell(Event.DEVICE_REVOKED, device=name, certificates=count, cause="denied")
+                self._crl_due = True
         self._write_crl(now)
 
     def warn(self, now: float) -> None:

@@ -17,6 +17,8 @@ from aggregator import registry, sqlite
 from aggregator.registry import StoredCertificate, StoredDevice, StoredToken
 from shared.errors import ConfigError, StorageError
 
+FILE = sqlite.REGISTRY
+"""Its name in the registrar's state directory."""
 SCHEMA_VERSION = 1
 
 _meta = sa.MetaData()
@@ -145,11 +147,6 @@ class RegistryStore(registry.Ledger):
         where = (_certificates.c.revoked_at.is_not(None), _certificates.c.not_after > int(now))
         found = sa.select(_certificates.c.serial, _certificates.c.revoked_at).where(*where)
         return sorted((int(row["serial"], 16), int(row["revoked_at"])) for row in self._rows(found))
-
-    def unrevoked(self, names: frozenset[str]) -> list[str]:
-        """Which of these devices have a certificate that is not revoked."""
-        found = sa.select(_certificates.c.device).where(_certificates.c.revoked_at.is_(None)).distinct()
-        return sorted({str(row["device"]) for row in self._rows(found)} & names)
 
     # -- writing, inside a transaction --
 

@@ -130,7 +130,7 @@ def _kernel() -> str:
         Path("/proc/cmdline"),
     ]
     for mount in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")):
-        unit = mount / "system.slice" / doctor.UNIT
+        unit = mount / doctor.UNIT  # by the unit's Slice=
         files += [
             mount / "cgroup.controllers",
             *(unit / name for name in ("cgroup.controllers", "cgroup.subtree_control")),

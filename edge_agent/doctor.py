@@ -212,7 +212,9 @@ def daemon(config: AgentConfig) -> tuple[dict[str, Any] | None, Check]:
     except NotRunning:
         if _unit_active():
             text = f"{UNIT} is active, but does not listen in {config.device.run_dir}"
-            return None, Check("agent", "failed", text, "is device.run_dir the unit's own? See its log: journalctl -u")
+            return None, Check(
+                "agent", "failed", text, f"is device.run_dir the unit's own? Its log says more: journalctl -u {UNIT}"
+            )
         return None, Check("agent", "warning", "it is not running", "systemctl enable --now edge-agent")
     except FieldfareError as error:
         return None, Check("agent", "skipped", str(error), "run it as root: sudo")

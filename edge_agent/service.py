@@ -300,7 +300,7 @@ class Service:
     @property
     def deadline(self) -> float | None:
         """The participation's, or when a certificate is to be renewed."""
-        both = (self._participation.deadline, self._renewal.deadline(self._now()))
+        both = (self._participation.deadline, self._renewal.deadline(self._clock.peek(read_clock())))
         return min((each for each in both if each is not None), default=None)
 
     def handle(self, event: ServiceEvent | Tick, now: Instant) -> Sequence[Effect]:

@@ -657,13 +657,18 @@ class Participation:
                 effects.append(DropJob(job.id))
         for task in self.tasks.values():
             task.used = (used or {}).get(task.name)
-            effects += [] if self.quality.asked and task.used is not None else self._use(task)
+            effects += self._use_at_once(task)
         return effects
 
     @property
     def eligible(self) -> bool:
         """Whether the owner's policy lets this device train now."""
         return self._gate.eligible
+
+    @property
+    def busy(self) -> bool:
+        """Whether the trainer has something to do, so that its own load is not taken for that of others."""
+        return self.work is not None or self.judging is not None
 
     @property
     def settles_at(self) -> float | None:
@@ -864,7 +869,7 @@ class Participation:
         effects.append(KeepRelease(name, manifest, coming.release, message, coming.manifest_position, coming.position))
         if self.judging is not None and self.judging.task == name:
             effects += self._stop_judging()
-        effects += [] if self.quality.asked and task.used is not None else self._use(task)
+        effects += self._use_at_once(task)
         if waiting is not None:
             try:
                 effects += self._offer_arrived(name, waiting, now)
@@ -977,7 +982,7 @@ class Participation:
         manifest = None if self.work is None else self.tasks[self.work.task].manifest
         self.obstacles = obstacles(self.policy, None if manifest is None else manifest.conditions, facts)
         self._sensed_at = now.mono
-        changed = self._gate.observe(self.obstacles, now.mono, self.work is not None, facts.watched)
+        changed = self._gate.observe(self.obstacles, now.mono, self.busy, facts.watched)
         # What stands in the way from the start is no change, but its owner should read of it all the same.
         told = changed or (first and bool(self.obstacles))
         effects: list[Effect] = [EligibilityChanged(self.eligible, self.obstacles)] if told else []
@@ -1008,7 +1013,12 @@ class Participation:
         return [ThawTraining(work.task, work.round, seconds)]
 
     def _leave(self, work: Work, why: str, now: Instant) -> list[Effect]:
-        """Ask for a checkpoint, which a frozen trainer is let run for."""
+        """Ask for a checkpoint, which a frozen trainer is let run for; one that has not begun to train just ends."""
+        if self.progress is None or self.progress.phase in ("loading", "evaluating"):
+            return [
+                self._stop(why, self.obstacles if why == "obstacles" else (), kill=True),
+                *self._has_left(work, False),
+            ]
         work.frozen_at, work.leave_by, work.left_by = None, None, now.mono + LEAVING
         found = self.obstacles if why == "obstacles" else ()
         return [LeaveTraining(work.id, work.task, work.round, why, found)]
@@ -1023,7 +1033,7 @@ class Participation:
         return [Left()] if self._leaving and self.work is None else []
 
     def _sense(self) -> Sense:
-        return Sense(self.work is not None, self.last_trained)
+        return Sense(self.busy, self.last_trained)
 
     # -- training --
 
@@ -1111,6 +1121,10 @@ class Participation:
         return LeftJob(report.hex(), task.name, position, offer.release, context, seed)
 
     # -- the model in use --
+
+    def _use_at_once(self, task: Task) -> list[Effect]:
+        """Unless the owner wants it judged first; any model is better than none."""
+        return [] if self.quality.asked and task.used is not None else self._use(task)
 
     def _use(self, task: Task, judged: Judged | None = None) -> list[Effect]:
         """The newest release becomes the model in use on this device, unless it is that already."""

@@ -50,7 +50,7 @@ from edge_agent import participation
 from edge_agent.child import TrainerExited, TrainerSaid
 from edge_agent.config import Data
 from edge_agent.eligibility import DeviceFacts, Policy, Question
-from edge_agent.jobs import Done, Failed, Job, Suspended
+from edge_agent.jobs import Done, Failed, Job, Progress, Suspended
 from shared import codec, sealing
 from shared.control import ControlRequest
 from shared.errors import ConfigError, StorageError
@@ -388,6 +388,7 @@ class FakeTrainer:
         if self.pid is None:
             self.pid = next(self._pids)
         self._job = job
+        self._world.at(0.2, lambda: self._begin(job))
         self._world.at(self._world.dice.choice((0.5, 5.0, 60.0)), lambda: self._finish(job))
         return self.pid
 
@@ -429,6 +430,10 @@ class FakeTrainer:
             self._frozen, self._ripe = False, None
             self._world.at(0.1, lambda: self._hand(TrainerExited(pid, cause, 0, None)))
 
+    def _begin(self, job: Job) -> None:
+        if self._job is job and not self._frozen:
+            self._say(Progress(job.id, "training", 1, 1, 1))
+
     def _finish(self, job: Job) -> None:
         device = self._device
         if self._job is not job or device.service is None or device.service._trainer is not self:
@@ -459,7 +464,7 @@ class FakeTrainer:
         self._job = None
         self._say(Failed(job.id, "out_of_memory", "there was none"))
 
-    def _say(self, message: Done | Failed | Suspended) -> None:
+    def _say(self, message: Done | Failed | Progress | Suspended) -> None:
         assert self.pid is not None
         self._hand(TrainerSaid(self.pid, message))
 

@@ -333,6 +333,12 @@ def test_unplugged_in_the_middle() -> None:
     assert "SendUpdate" in kinds(bench.effects)
 
 
+def trains(bench: Bench) -> None:
+    """The trainer has begun with the examples, so that there is something to keep."""
+    assert bench.machine.work is not None
+    bench.tell(core.TrainerTold(Progress(bench.machine.work.id, "training", 1, 3, 1, 30)))
+
+
 def leave(bench: Bench, kept: bool = True) -> list[Effect]:
     """The trainer has left its work."""
     assert bench.machine.work is not None
@@ -343,6 +349,7 @@ def test_unplugged_for_long() -> None:
     """After the grace the job is left with a checkpoint, its memory freed, and the very same job is gone on with."""
     bench = Bench()
     (first,) = [each for each in bench.begin() if isinstance(each, core.Train)]
+    trains(bench)
     bench.facts = changed(FACTS, mains=False)
     assert "LeaveTraining" not in kinds(bench.after(6 + POLICY.grace - 10))
     (leaving,) = [each for each in bench.after(15) if isinstance(each, core.LeaveTraining)]
@@ -362,11 +369,13 @@ def test_what_will_not_soon_be_over(facts: dict[str, Any]) -> None:
     """The owner's word, and want of memory or room, do not wait for the grace; also when it is frozen already."""
     bench = Bench()
     bench.begin()
+    trains(bench)
     bench.facts = changed(FACTS, **facts)
     effects = bench.after(16)
     assert "LeaveTraining" in kinds(effects) and "FreezeTraining" not in kinds(effects)
     frozen = Bench()
     frozen.begin()
+    trains(frozen)
     frozen.facts = changed(FACTS, mains=False)
     assert "FreezeTraining" in kinds(frozen.after(6))
     frozen.facts = changed(FACTS, mains=False, **facts)
@@ -378,6 +387,7 @@ def test_grace_of_none() -> None:
     bench = Bench()
     bench.machine = dataclasses.replace(bench.machine, policy=changed(POLICY, grace=0.0))
     bench.begin()
+    trains(bench)
     bench.facts = changed(FACTS, mains=False)
     effects = kinds(bench.after(6))
     assert "LeaveTraining" in effects and "FreezeTraining" not in effects
@@ -402,6 +412,7 @@ def test_a_trainer_that_does_not_leave() -> None:
     """It is killed, and an older checkpoint may still help: the same job is begun again."""
     bench = Bench()
     (first,) = [each for each in bench.begin() if isinstance(each, core.Train)]
+    trains(bench)
     bench.facts = changed(FACTS, paused=True)
     bench.after(6)
     effects = bench.after(core.LEAVING + 1)
@@ -415,6 +426,7 @@ def test_a_trainer_that_dies_while_it_leaves() -> None:
     """That is no failure of the training."""
     bench = Bench()
     bench.begin()
+    trains(bench)
     bench.facts = changed(FACTS, paused=True)
     bench.after(6)
     assert kinds(bench.tell(core.TrainerGone("killed", "signal 9"))) == ["TrainingLeft", "RestTrainer"]
@@ -424,6 +436,7 @@ def test_done_in_the_last_moment() -> None:
     """A trainer that was at its end when it was asked to leave has done its work."""
     bench = Bench()
     bench.begin()
+    trains(bench)
     bench.facts = changed(FACTS, paused=True)
     bench.after(6)
     assert "SendUpdate" in kinds(bench.done()) and bench.machine.left == {}
@@ -434,6 +447,7 @@ def test_a_job_that_was_left_and_its_round_is_over() -> None:
     for offer in ({"sequence": 1, "state": OfferState.CLOSED}, {"number": 2}):
         bench = Bench()
         (first,) = [each for each in bench.begin() if isinstance(each, core.Train)]
+        trains(bench)
         bench.facts = changed(FACTS, paused=True)
         bench.after(6)
         leave(bench)
@@ -468,6 +482,7 @@ def test_the_daemon_ends_in_the_middle() -> None:
     bench = Bench()
     effects = bench.begin()
     (job,) = [each.job for each in effects if isinstance(each, core.KeepJob)]
+    trains(bench)
     effects = bench.tell(core.Leave())
     assert kinds(effects) == ["LeaveTraining"] and bench.tell(core.Leave()) == []
     assert kinds(leave(bench)) == ["TrainingLeft", "RestTrainer", "Left"]
@@ -480,6 +495,23 @@ def test_the_daemon_ends_in_the_middle() -> None:
     again.tell(core.Connected(), Tick())
     (train,) = [each for each in again.offer(sequence=1) if isinstance(each, core.Train)]
     assert (train.id, train.seed, train.context, train.again) == (job.id, job.seed, job.context, True)
+
+
+@pytest.mark.parametrize("phase", [None, "loading", "evaluating"])
+def test_a_trainer_with_nothing_to_keep(phase: Any) -> None:
+    """One that is still starting or reading is not waited for: it ends at once, and the same job begins again later."""
+    bench = Bench()
+    (first,) = [each for each in bench.begin() if isinstance(each, core.Train)]
+    if phase is not None:
+        bench.tell(core.TrainerTold(Progress(first.id, phase)))
+    bench.facts = changed(FACTS, paused=True)
+    effects = bench.after(6)
+    assert [each.kill for each in effects if isinstance(each, core.StopTraining)] == [True]
+    assert "TrainingLeft" in kinds(effects) and "LeaveTraining" not in kinds(effects)
+    bench.facts = FACTS
+    (again,) = [each for each in bench.after(31) if isinstance(each, core.Train)]
+    assert (again.id, again.seed, again.again) == (first.id, first.seed, True)
+    assert kinds(bench.tell(core.Leave())) == ["StopTraining", "TrainingLeft", "RestTrainer", "Left"]
 
 
 def test_the_daemon_ends_at_rest() -> None:
@@ -513,6 +545,7 @@ def test_the_publishers_conditions_hold_while_it_trains() -> None:
     bench.machine.policy = changed(POLICY, mains=False)
     message = RECORDS.message(RECORDS.manifest(conditions=Conditions(mains=True)))
     assert "Train" in kinds(bench.begin(message))
+    trains(bench)
     bench.facts = changed(FACTS, mains=False)
     assert "FreezeTraining" in kinds(bench.after(6))
     bench.after(POLICY.grace)
@@ -1219,6 +1252,18 @@ def test_judging_waits_for_a_free_device() -> None:
     bench.offer(RECORDS.message(number=1))
     assert bench.machine.work is None  # one thing at a time
     assert "Train" in kinds(bench.tell(said(asked.id, 1.0, 1.0)))
+
+
+def test_judging_is_our_own_load() -> None:
+    """While the trainer judges, the device is looked at as often as in training, and its own load is told apart."""
+    bench = judge()
+    (asked,) = judging(bench, RECORDS.message(number=1))
+    assert [each.working for each in bench.effects if isinstance(each, core.Sense)][-1] is True
+    assert bench.machine.deadline is not None
+    assert bench.machine.deadline <= bench.now.mono + POLICY.sense_training
+    bench.tell(said(asked.id, 1.0, 1.0))
+    bench.after(6)
+    assert [each.working for each in bench.effects if isinstance(each, core.Sense)][-1] is False
 
 
 def test_a_newer_release_while_one_is_judged() -> None:

@@ -188,6 +188,7 @@ def test_work_that_was_left_is_told() -> None:
     bench.begin()
     work = bench.machine.work
     assert work is not None
+    bench.tell(core.TrainerTold(Progress(work.id, "training", 1, 2, 7, 4, 0.5)))
     bench.facts = replace(FACTS, paused=True)
     bench.tell(core.Wake())
     assert "is about to be left" in asked(bench)["answer"]

@@ -137,7 +137,11 @@ def keys(config: AgentConfig, now: float | None = None) -> tuple[Identity | None
 def _certificate(config: AgentConfig, mine: Identity, authorities: Sequence[Any], now: float) -> Check:
     ends = f"{datetime.fromtimestamp(mine.ends, UTC):%F}"
     renews = "edge-agent renews it" if config.enrol.url else "nothing renews it: [enrol] url is empty"
-    advice = "see renewal.failed in the log" if config.enrol.url else "ask the operator for a new bundle"
+    advice = (
+        f"journalctl -u {UNIT} EVENT=renewal.failed says why"
+        if config.enrol.url
+        else "ask the operator for a new bundle"
+    )
     if now > mine.ends:
         text = f"{mine.cert_file} of {mine.name} expired on {ends}, or this clock is ahead; {renews}"
         return Check("certificate", "failed", text, advice)
@@ -148,7 +152,7 @@ def _certificate(config: AgentConfig, mine: Identity, authorities: Sequence[Any]
         return Check("certificate", "failed", text, "take both from the same fleet: edge-agent enrol --again")
     days = (mine.ends - now) / _DAY
     text = f"{mine.name} until {ends}, {days:.0f} days; {renews}"
-    soon = days * _DAY < min(30 * _DAY, mine.life / 5)
+    soon = mine.expiring(now)
     return Check("certificate", "warning" if soon else "ok", text, advice if soon else "")
 
 
@@ -358,7 +362,10 @@ def delegation(told: dict[str, Any] | None) -> Check:
         text = "none are lent to the agent: its trainer is held by its own limits, and frozen by SIGSTOP"
         return Check("control groups", "warning", text, "run it as edge-agent.service, which has Delegate=")
     if missing := found.get("missing"):
-        lacks = ", ".join(f"{name} ({why})" for name, why in missing.items())
+        causes: dict[str, list[str]] = {}
+        for name, cause in missing.items():
+            causes.setdefault(cause, []).append(name)
+        lacks = "; ".join(f"{', '.join(names)} ({cause})" for cause, names in causes.items())
         text = f"the trainer has a group of its own, without {lacks}"
         return Check(
             "control groups", "warning", text, "systemd.unified_cgroup_hierarchy=1 on the kernel's command line"

@@ -33,6 +33,8 @@ _SPREAD = 0.05
 """Of a certificate's life: devices that enrolled together do not renew together."""
 _HOPELESS = {Refused.DENIED, Refused.REVOKED, Refused.TOO_LATE, Refused.BAD_CERTIFICATE, Refused.BAD_SIGNATURE}
 _DAY = 86_400.0
+_WARNING = 30 * _DAY
+"""Seconds of a certificate's life that are left when its owner is warned; a third of it, if that is less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,10 @@ class Identity:
         """Seconds from when it was made to its end."""
         whole = self.ends - self.begins
         return whole - BACKDATED if whole > BACKDATED else whole
+
+    def expiring(self, now: float) -> bool:
+        """Whether somebody should see to it: where a registrar answers, it would have been renewed by now."""
+        return self.ends - now < min(_WARNING, self.life / 3)
 
 
 def choose(config: AgentConfig, now: float) -> Identity:

@@ -75,8 +75,6 @@ _STORAGE_RETRY = 5.0
 _DAY = 86_400.0
 _LACKING = 600.0
 """Seconds for which a trainer that found no torch is believed, where a look at folders cannot tell."""
-_EXPIRY_WARNING = 30 * _DAY
-"""Seconds of a certificate's life that are left when its owner is warned; a third of it, if that is less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,14 +284,10 @@ class Service:
         if now.mono < self._daily_at:
             return
         self._daily_at = now.mono + _DAY
-        if self._expiring(now):
-            mine = self._renewal.current
+        mine = self._renewal.current
+        if mine.expiring(now.utc):
             left = max(0.0, mine.ends - now.utc)
             tell(Event.CERTIFICATE_EXPIRING, path=str(mine.cert_file), days=round(left / _DAY, 1))
-
-    def _expiring(self, now: Instant) -> bool:
-        begins, ends = self._renewal.current.begins, self._renewal.current.ends
-        return ends - now.utc < min(_EXPIRY_WARNING, (ends - begins) / 3)
 
     # -- the machine's side ------------------------------------------------------------------------------------
 
@@ -949,7 +943,7 @@ class Service:
             "certificate": {
                 "expires": _moment(self._renewal.current.ends),
                 "days": round((self._renewal.current.ends - now.utc) / _DAY, 1),
-                "expiring": self._expiring(now),
+                "expiring": self._renewal.current.expiring(now.utc),
                 "source": self._renewal.current.source,
                 "renews": None if self._renewal.due is None else _moment(self._renewal.due),
             },

@@ -35,7 +35,8 @@ DURABLE_SESSION = 30 * 86_400
 _MEANINGS = {
     "Connection refused": "nothing listens there: does mosquitto run, and are host and port right?",
     "certificate has expired": "the broker's certificate has, or this machine's clock is wrong",
-    "alert certificate expired": "the broker refuses {cert}: it has expired, a new bundle is needed",
+    "alert certificate expired": "the broker refuses {cert}: it has expired",
+    "alert certificate revoked": "the broker refuses {cert}: it is revoked, which only the fleet's operator can change",
     "alert unknown ca": "the broker refuses {cert}: it is of another fleet",
 }
 """What to make of an error's words when it names a cause that an operator can remove."""

@@ -2,7 +2,6 @@
 
 SIGUSR1          writes the names of its threads, by their number in /proc, to $HOOK
 SIGUSR2          the network thread ends, as if an error in paho had ended it
-$HOOK_CLOCK      the wall clock is off by so many seconds, for all that Python asks
 """
 
 import ctypes
@@ -31,6 +30,3 @@ def _end_network(*_: object) -> None:
 if "HOOK" in os.environ:
     signal.signal(signal.SIGUSR1, _tell)
     signal.signal(signal.SIGUSR2, _end_network)
-if "HOOK_CLOCK" in os.environ:
-    _real, _off = time.time, float(os.environ["HOOK_CLOCK"])
-    time.time = lambda: _real() + _off

@@ -30,7 +30,8 @@ from tests.hostile.daemon import LEASH, until
 SUITE = "bookworm"
 PACKAGES = (
     "systemd", "systemd-sysv", "dbus", "libpam-systemd", "libnss-systemd", "python3", "python3-venv", "iproute2",
-    "procps", "ca-certificates", "openssl", "mosquitto", "mosquitto-clients", "rsyslog", "libstdc++6", "zlib1g",
+    "procps", "ca-certificates", "openssl", "mosquitto", "mosquitto-clients", "rsyslog", "libfaketime",
+    "libstdc++6", "zlib1g",
 )  # fmt: skip
 _PREPARED = (
     # Nothing that a scenario does not start itself, a journal that outlives a reboot, and no log of the kernel's, which

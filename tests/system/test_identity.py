@@ -139,6 +139,7 @@ def test_enrolled_once(gate: Gate) -> None:
     assert "token_used" in gate.refused(token)
     gate.machine.run("systemctl", "enable", "--quiet", "--now", AGENT)
     gate.connected()
+    assert gate.count("certificate.expiring") == 0
 
 
 def test_renewed_before_its_end(gate: Gate) -> None:

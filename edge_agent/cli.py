@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # structlog imports rich wherever it finds it, for tracebacks that the agent never draws: 5 MB of resident memory.
-    sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+    from edge_agent import lean
+
+    lean.put_off()
     from edge_agent import service
 
     service.run(_config(options))

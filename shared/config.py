@@ -9,7 +9,6 @@ It raises ConfigError, which names the source, the dotted key and what to write 
 reads the files that settings point to; it only checks that those marked `ReadableFile` can be read.
 """
 
-import difflib
 import os
 import re
 import tomllib
@@ -432,6 +431,8 @@ def _unknown(name: str, kind: type[Struct]) -> str:
 
 
 def _close(value: object, known: Any) -> str:
+    import difflib  # which is of use to nobody whose configuration is sound
+
     match = difflib.get_close_matches(str(value), [str(one) for one in known], 1)
     return f" (did you mean {match[0]}?)" if match else ""
 

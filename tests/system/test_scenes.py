@@ -281,7 +281,7 @@ def test_unplugged(scene: Scene) -> None:
     assert scene.cpu(trainer) == spent
     say(f"frozen {took:.2f} s after the cable was pulled; cgroup.freeze {group or 'absent'}, process state {state}")
     assert took < 1.0
-    assert group == "1" or state == "T"
+    assert group == "1" if status(scene.machine)["sandbox"]["delegated"] else state == "T"
     assert status(scene.machine)["training"]["state"] == "frozen"
     scene.power.set(True)
     scene.wait("training.thawed", "unplugged")
@@ -318,19 +318,26 @@ def test_others_come_first(scene: Scene) -> None:
         spent = sum(map(scene.cpu, others)) - before
         return spent / (time.monotonic() - begun) / len(others), spent
 
-    alone, _ = share()
     scene.publish("share", 10 * LONG)
     scene.wait("training.started", "share")
     trainer = scene.trainer  # which has two seconds of work before it begins with the first step
-    ours = scene.cpu(trainer)
-    beside, theirs = share()
-    ours = scene.cpu(trainer) - ours
-    say(
-        f"the others get {alone:.1%} of all CPUs without our training and {beside:.1%} with it, which gets {ours:.3f} s"
-    )
+    for _ in range(3):  # since what the others get depends on what else this machine does
+        scene.machine.run("kill", "-STOP", str(trainer))
+        alone, _ = share()
+        scene.machine.run("kill", "-CONT", str(trainer))
+        ours = scene.cpu(trainer)
+        beside, theirs = share()
+        ours = scene.cpu(trainer) - ours
+        say(
+            f"the others get {alone:.1%} of all CPUs without us, {beside:.1%} with our training, which gets {ours:.3f} s"
+        )
+        assert status(scene.machine)["training"]["state"] == "training" and ours > 0
+        if beside > 0.9 * alone:
+            break
     scene.relax()
-    # Not by what the others get, since that is also what else this machine does.
-    assert ours < 0.05 * (ours + theirs)
+    assert ours < 0.05 * (ours + theirs) and beside > 0.9 * alone
+    scene.heavy()
+    scene.step("share")
     scene.give_up("share")
 
 
@@ -492,9 +499,11 @@ def test_idle_minute(scene: Scene) -> None:
     resident = re.search(r"VmRSS:\s+(\d+) kB", scene.machine.read(f"/proc/{pid}/status"))
     assert resident is not None
     shown = status(scene.machine)
-    say(f"idle for a minute: {sum(counts.values())} wake-ups {counts}; {int(resident[1]) / 1000:.1f} MB resident")
+    megabytes = int(resident[1]) * 1024 / 1e6
+    say(f"idle for a minute: {sum(counts.values())} wake-ups {counts}; {megabytes:.1f} MB resident")
     say(f"it looks at the device {shown['sensing']}, and is {shown['state']}")
-    assert shown["memory"]["trainer"] is None
+    assert shown["memory"]["trainer"] is None and shown["sensing"] == "by pressure triggers"
+    assert megabytes <= 45.0
     assert sum(counts.values()) <= 15 and len(after) <= 8
 
 

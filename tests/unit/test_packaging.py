@@ -46,6 +46,7 @@ SHELL = {
     "edge_agent.enrol",
     "edge_agent.install",
     "edge_agent.interpreter",
+    "edge_agent.lean",
     "edge_agent.libraries",
     "edge_agent.local",
     "edge_agent.outbox",

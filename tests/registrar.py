@@ -174,8 +174,11 @@ def certificate_of(answer: Enrolment | Refusal) -> x509.Certificate:
 
 
 @contextlib.contextmanager
-def site(folder: Path, broker_port: int = 18_883, /, **environ: str) -> Iterator[Site]:
-    """A registrar that serves, with settings such as LIMITS__SECONDS="2"; the fleet has one bundle, dev-b."""
+def site(folder: Path, broker_port: int = 18_883, ahead: float = 0.0, /, **environ: str) -> Iterator[Site]:
+    """A registrar that serves, with settings such as LIMITS__SECONDS="2"; the fleet has one bundle, dev-b.
+
+    Its own certificate begins so many seconds ahead of this machine's clock.
+    """
     port = free_port()
     fleet = folder / "fleet"
     # Long ago: certificates that ended 181 days ago were issued by this CA.
@@ -184,7 +187,7 @@ def site(folder: Path, broker_port: int = 18_883, /, **environ: str) -> Iterator
     )
     ca.add_device(fleet, "dev-b", folder / "dev-b", now=time.time(), passphrase=None)
     home = ca.init_registrar(
-        fleet, [HOST], folder / "registrar", now=time.time(), passphrase=None, port=port, bind="127.0.0.1"
+        fleet, [HOST], folder / "registrar", now=time.time() + ahead, passphrase=None, port=port, bind="127.0.0.1"
     )
     made = Site(fleet, home, port, {f"FIELDFARE_{name}": value for name, value in environ.items()})
     made.start()

@@ -1,6 +1,7 @@
 """A whole fleet on one real machine: broker, aggregator and a device, each a service of systemd, from the packages."""
 
 import json
+import platform
 import sys
 import sysconfig
 import time
@@ -23,6 +24,7 @@ AGENT = "edge-agent"
 SITE = Path(sysconfig.get_path("purelib"))
 VENV = "/usr/lib/fieldfare-agent"
 LENT = "/srv/lent"
+FAKETIME = f"/usr/lib/{platform.machine()}-linux-gnu/faketime/libfaketimeMT.so.1"
 OVERRIDE = "/etc/fieldfare/agent.toml.d/zz.toml"
 needs_same_python = pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="lends torch to Debian 12's Python 3.11")
 

@@ -164,6 +164,12 @@ def test_a_clock_in_1970(site: Site, etc: Path) -> None:
         enrol.enrol(etc, url(site), site.token("pump-9"), "", again=True, clock=lambda: 4e9)
 
 
+def test_a_system_clock_that_is_behind(tmp_path: Path, etc: Path) -> None:
+    """A board whose clock says 1970 joins, though the registrar's certificate has not begun yet by OpenSSL's clock."""
+    with make_site(tmp_path / "site", 18_883, 400 * 86_400.0, **GENEROUS) as made:
+        assert join(made, etc, made.token("pump-1")) == 0
+
+
 def test_renewal_is_of_the_same_fleet(site: Site, etc: Path) -> None:
     """The old key's word is needed, and a certificate of another key or name is not taken."""
     assert join(site, etc, site.token("pump-10")) == 0

@@ -20,7 +20,18 @@ from tests.hostile.daemon import until
 from tests.system import plant
 from tests.system.conftest import Packages
 from tests.system.machine import Machine, Power
-from tests.system.plant import AGENT, LENT, OVERRIDE, SITE, lend_trainer, needs_same_python, points, publish, status
+from tests.system.plant import (
+    AGENT,
+    FAKETIME,
+    LENT,
+    OVERRIDE,
+    SITE,
+    lend_trainer,
+    needs_same_python,
+    points,
+    publish,
+    status,
+)
 from tests.system.test_package import newer
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600), needs_same_python]
@@ -328,9 +339,7 @@ def test_others_come_first(scene: Scene) -> None:
         ours = scene.cpu(trainer)
         beside, theirs = share()
         ours = scene.cpu(trainer) - ours
-        say(
-            f"the others get {alone:.1%} of all CPUs without us, {beside:.1%} with our training, which gets {ours:.3f} s"
-        )
+        say(f"the others get {alone:.1%} of all CPUs without us and {beside:.1%} beside our training: {ours:.3f} s")
         assert status(scene.machine)["training"]["state"] == "training" and ours > 0
         if beside > 0.9 * alone:
             break
@@ -473,10 +482,7 @@ def test_denied(scene: Scene) -> None:
 
 def test_clock_in_1970(scene: Scene) -> None:
     """A board without a battery-backed clock connects, trains and is believed, whatever it asks for the time."""
-    scene.hook(
-        "LD_PRELOAD=/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1 FAKETIME_DONT_FAKE_MONOTONIC=1 NO_FAKE_STAT=1"
-        f" FAKETIME={300 - time.time():.0f}"
-    )
+    scene.hook(f"LD_PRELOAD={FAKETIME} FAKETIME_DONT_FAKE_MONOTONIC=1 NO_FAKE_STAT=1 FAKETIME={300 - time.time():.0f}")
     scene.settings()
     until(lambda: scene.inside()["now"] < 86_400 or None, "a clock in 1970")
     scene.publish("epoch", 50)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent import install
+from edge_agent.libraries import WANTED
+from shared import lock
 from tests.system import machine
 from tests.system.machine import Machine, Wire
 
@@ -45,6 +48,25 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
     assert built.returncode == 0, built.stdout + built.stderr
     (agent,), (aggregator,) = out.glob("fieldfare-agent_*.deb"), out.glob("fieldfare-aggregator_*.deb")
     return Packages(agent, aggregator)
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that `edge-agent trainer install` wants, from where this environment's packages come."""
+    folder = tmp_path_factory.mktemp("wheels")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(lock.subset((ROOT / "requirements/lock.txt").read_text(), WANTED))
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
+    torch = ["--extra-index-url", install.INDEX, f"torch=={install.torch_version()}"]
+    for what in (["-r", str(requirements)], torch):
+        try:
+            ran = subprocess.run([*pip, *what], capture_output=True, text=True, timeout=300, check=False)
+        except subprocess.TimeoutExpired:
+            pytest.skip("torch could not be downloaded within five minutes")
+        if ran.returncode != 0:
+            pytest.skip(f"the wheels cannot be downloaded here: {ran.stderr[-300:]}")
+    requirements.unlink()
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from deploy.deb import contents
 from edge_agent import install
 from edge_agent.libraries import WANTED
-from shared import lock
 from shared.events import Event, message_id_of
 from shared.version import VERSION
 from tests.hostile.daemon import LEASH, until
@@ -264,19 +262,8 @@ def test_remove_and_purge(field: Machine) -> None:
 
 
 @needs_same_python
-def test_trainer_install_from_a_folder(machines: Callable[..., Machine], packages: Packages, tmp_path: Path) -> None:
+def test_trainer_install_from_a_folder(machines: Callable[..., Machine], packages: Packages, wheels: Path) -> None:
     """`edge-agent trainer install --wheels` lets a device without a network train, and `remove` takes it back."""
-    requirements = tmp_path / "requirements.txt"
-    requirements.write_text(lock.subset((ROOT / "requirements/lock.txt").read_text(), WANTED))
-    wheels = tmp_path / "wheels"
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels)]
-    for what in (["-r", str(requirements)], ["--extra-index-url", install.INDEX, f"torch=={install.torch_version()}"]):
-        try:
-            ran = subprocess.run([*pip, *what], capture_output=True, text=True, timeout=90, check=False)
-        except subprocess.TimeoutExpired:
-            pytest.skip("torch could not be downloaded within 90 s")
-        if ran.returncode != 0:
-            pytest.skip(f"the wheels cannot be downloaded here: {ran.stderr[-300:]}")
     device = machines("spare", lend={wheels: "/srv/wheels"})
     packages.install(device, packages.agent)
 

@@ -115,6 +115,12 @@ def test_agent_keeps_what_training_needs() -> None:
     assert set(unit.one("Delegate").split()) == {"cpu", "memory", "pids"}
 
 
+def test_homes_are_closed_and_can_be_opened() -> None:
+    """With `yes` nothing below /home can be bound into the unit's view, as docs/howto/install.md has it done."""
+    assert Unit("edge-agent.service").one("ProtectHome") == "tmpfs"
+    assert {Unit(name).one("ProtectHome") for name in SERVICES if not name.startswith("edge-")} == {"yes"}
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

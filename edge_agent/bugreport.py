@@ -20,7 +20,7 @@ from pathlib import Path
 from edge_agent import config as settings
 from edge_agent import control, doctor, install
 from shared import config
-from shared.errors import FieldfareError
+from shared.errors import FieldfareError, Reason, Refused
 from shared.version import VERSION
 
 LINES = 500
@@ -31,22 +31,48 @@ _PATIENCE = 30.0
 """Seconds for each program that is asked."""
 _GONE = "[redacted]"
 
+_CALLED = (
+    r"(?:pass(?:wd|word|phrase|code)|pass(?![a-z])|secret|token|credential|psk(?![a-z])|(?<![a-z])pwd(?![a-z])"
+    r"|(?:api|access|private|shared|session|encryption)[_.-]?key|auth(?:orization)?(?![a-z])|cookie"
+    r"|(?<![a-z])(?:sig|signature)(?![a-z]))"
+)
+"""How a secret is called."""
+_OURS = "|".join(each.value for each in (*Reason, *Refused) if re.search(_CALLED, each.value))
+"""Reasons are told as `bad_token: what that means`."""
+_NAME = rf"(?<![\w.-])(?!(?:{_OURS})\b)[\w.-]*{_CALLED}[\w.-]*"
+_QUOTED = r"""\\+".*?\\+"|\\+'.*?\\+'|"(?:\\.|[^"\\\n])*"?|'(?:\\.|[^'\\\n])*'?"""
+"""A text in quotes, be it inside of another."""
+_BARE = r"""(?:[^\s"']|["'](?=[^\s,}\]]))+"""
+"""One without, up to a space or the end of the text that it is in."""
+
 _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
     # A key's text may lie in one line with \n in it, or in many, each with a date before it, and may be cut off at
     # either end of a log.
     (re.compile(r"-----BEGIN [A-Z0-9 ]+-----.*?(?:-----END [A-Z0-9 ]+-----|\Z)", re.DOTALL), _GONE),
     (re.compile(r"\A.*-----END [A-Z0-9 ]+-----", re.DOTALL), _GONE),
     (re.compile(r"\bff1\.[A-Za-z0-9_.-]+"), f"ff1.{_GONE}"),
-    (re.compile(r"://[^/@\s\"']*@"), f"://{_GONE}@"),
+    (re.compile(r"\beyJ[\w-]+\.[\w.-]+"), _GONE),
+    (re.compile(r"://[^/\s\"']*@"), f"://{_GONE}@"),
+    # Up to the end of the line: these are of several words.
     (
-        re.compile(
-            r"(?i)((?:pass(?:word|wd|phrase)?|secret|credential|api_?key)[\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|\S+)"
-        ),
+        re.compile(rf"(?i)((?:authorization|cookie|password|passphrase)[\"']?[ \t]*:[ \t]*)(?:{_QUOTED}|[^\n\"']+)"),
         rf"\1{_GONE}",
     ),
-    # Longer than any name, and too long for a word: base64 of something.
+    (re.compile(r"\b((?i:bearer|basic)[ \t]+)(?=\S*[0-9A-Z=])[\w+/=.~-]{4,}"), rf"\1{_GONE}"),
+    (re.compile(rf"(?i)({_NAME}\\*[\"']?[ \t]*[=:][ \t]*)(?:{_QUOTED}|{_BARE})"), rf"\1{_GONE}"),
+    # An option and its value; then, in a sentence, what looks like no word.
+    (re.compile(rf"(?i)((?<!\S)(?=-){_NAME}[ \t]+)(?:{_QUOTED}|{_BARE})"), rf"\1{_GONE}"),
+    (re.compile(rf"(?i)({_NAME}[ \t]+(?:is[ \t]+)?)(?=[^\s=:]*[0-9])[^\s=:]{{6,}}"), rf"\1{_GONE}"),
+    (re.compile(r"((?<!\S)(?:-u|-U|--user|--proxy-user)[ \t=]*)[^\s:]+:\S+"), rf"\1{_GONE}"),
     (re.compile(r"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{56,}={0,2}"), _GONE),
 )
+# Whatever somebody has put into an environment or a credential may be a secret, on all the lines that it goes over; a
+# comment between them ends nothing.
+_ENVIRONMENT = re.compile(
+    r"^([ \t]*(?:Environment|SetCredential|LoadCredential)\w*[ \t]*=)(?:.*\\[ \t]*\n(?:[ \t]*[#;].*\n)*)*.*$",
+    re.MULTILINE,
+)
+_LONG = re.compile(r"[A-Za-z0-9+/_-]{40,}={0,2}")
 
 
 def collect(path: Path, environ: Mapping[str, str]) -> dict[str, str]:
@@ -81,7 +107,19 @@ def redacted(text: str) -> str:
     """The end of a text, without what is or looks like a secret."""
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
-    return text[-TEXT_MAX:]
+    return _LONG.sub(_unless_plain, text)[-TEXT_MAX:]
+
+
+def _unless_plain(found: re.Match[str]) -> str:
+    """A long run of characters, unless it is a text in base64 or a number; paths and names with hyphens are neither."""
+    run = found[0]
+    parts, limit = (run.split("/"), 20) if run.startswith("/") else ([run], 40)
+    return _GONE if any(len(part) >= limit and _random(part) for part in parts) else run
+
+
+def _random(word: str) -> bool:
+    digit = any(each.isdigit() for each in word)
+    return digit and (any(each.isupper() for each in word) or not set(word) & set("-_/"))
 
 
 def _versions() -> dict[str, object]:
@@ -116,9 +154,7 @@ def _asked(path: Path, environ: Mapping[str, str], request: control.Request) -> 
 
 def _unit() -> str:
     said = _ran("systemctl", "show", doctor.UNIT) + "\n" + _ran("systemctl", "cat", "--no-pager", doctor.UNIT)
-    # Whatever somebody has put into an environment or a credential may be a secret.
-    hidden = re.compile(r"^(Environment|SetCredential|LoadCredential)(\w*=).*$", re.MULTILINE)
-    return hidden.sub(rf"\1\2{_GONE}", said)
+    return _ENVIRONMENT.sub(rf"\1{_GONE}", said)
 
 
 def _kernel() -> str:

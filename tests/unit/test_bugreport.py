@@ -14,6 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from aggregator import ca
 from edge_agent import bugreport, cli
+from edge_agent.config import AgentConfig, Broker
+from shared import config as settings
 
 PEM = (
     ec.derive_private_key(0x1234567890ABCDEF, ec.SECP256R1())
@@ -54,10 +56,83 @@ def test_secrets_are_taken_out(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "token: {}",
+        "joined with token {}1",
+        "the password is {}7 now",
+        "--token={}",
+        "--token {} --verbose",
+        "ExecStart={{ path=/bin/x ; argv[]=/bin/x --password {} --port 1 ; ignore_errors=no }}",
+        "AWS_SECRET_ACCESS_KEY={}",
+        '"AWS_SECRET_ACCESS_KEY": "{}"',
+        "access-key = '{}'",
+        "apiToken={}",
+        "DBPASS={}",
+        "OAUTH: {}",
+        "PSK={}",
+        "wpa_psk: {}",
+        "Authorization: Bearer {}",
+        "authorization: {} and the rest",
+        "curl -H 'Authorization: Basic {}' https://example.org",
+        "Cookie: a=1; session={}",
+        "Password: correct horse {}",
+        "sent Bearer {}==",
+        "curl -u me:{} https://example.org",
+        "curl --user=me:{} https://example.org",
+        "GET /blob?x=1&sig={}",
+        "https://example.org/?X-Amz-Signature={}&y=1",
+        "https://user:{}@host/x",
+        "https://user:p@{}@host/x",
+        'password="ab\\"{}"',
+        '{{"text": "password=\\"{}\\""}}',
+        'PASSWORD=a"{}',
+        "eyJhbGciOiJIUzI1NiJ9.{}.x",
+    ],
+)
+def test_secrets_by_their_names(text: str) -> None:
+    """What is called a secret is taken out, however its name is joined to it."""
+    secret = "hunter-Two"
+    found = bugreport.redacted(f"before\n{text.format(secret)}\nafter")
+    assert secret not in found, found
+    assert "[redacted]" in found and found.startswith("before\n") and found.endswith("\nafter")
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        base64.urlsafe_b64encode(bytes(range(200, 232))).decode(),
+        base64.b64encode(bytes(range(0, 248, 8))).decode(),
+        base64.b64encode(bytes([255, 250, *range(0, 248, 8)])).decode(),  # which begins as a path does
+        base64.b32encode(bytes(range(30))).decode(),
+        bytes(range(32)).hex(),
+    ],
+    ids=["url", "usual", "slash", "base32", "hex"],
+)
+def test_secrets_without_a_name(secret: str) -> None:
+    """A long text in base64, or a long number, may be one."""
+    assert secret[:20] not in bugreport.redacted(f"got {secret} from there")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         '"key": "/etc/fieldfare/device.key"',
         "MESSAGE_ID=53e83570d1329ed4ec52b8e7dbab18c7",
         "policy.memory_free asks for 805306368 bytes of memory available",
         "/var/lib/fieldfare-agent/tasks/digits/state",
+        "/home/Press/Measurements/Line3/2026/November/Morning/x",
+        "2026-11-28T09:49:42+00:00 pump edge-agent[412]: Link up: BROKER=broker.example.org:8883 SESSION=false",
+        "2026-11-28T09:49:42+00:00 pump edge-agent[412]: Training failed: TASK=digits REASON=out_of_memory DETAIL=room",
+        "2026-11-28T09:49:42+00:00 pump edge-agent[412]: Update answered: OUTCOME=rejected REASON=bad_signature",
+        "enrolment was refused: token_used: this token has let a device in already",
+        "bad_signature: no publisher's signature fits",
+        "the broker refuses the certificate: Not authorized",
+        "edge-agent.service: Main process exited, code=exited, status=243/CREDENTIALS",
+        "the token is for another device; a password was not asked for",
+        "KillSignal=15\nRestartKillSignal=15\nRootHashSignature=\nPassEnvironment=LANG\nInvocationID=53e83570d1329ed4ec52b8",
+        "After=network-online.target sysinit.target systemd-journald.socket time-sync.target -.slice basic.target",
+        "journalctl -u edge-agent EVENT=renewal.failed says why",
+        "BOOT_IMAGE=/boot/vmlinuz-6.1.0-28-amd64 root=UUID=2f5c3b1e-8d43-4b0c-9c55-0a1b2c3d4e5f ro quiet",
+        'File "/usr/lib/fieldfare-agent/lib/python3.11/site-packages/edge_agent/service.py", line 9, in check',
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
@@ -65,9 +140,37 @@ def test_what_is_no_secret_stays(text: str) -> None:
     assert bugreport.redacted(text) == text
 
 
+def test_versions_and_settings_stay() -> None:
+    """Nothing that these parts usually hold looks like a secret."""
+    versions = bugreport._json(bugreport._versions())
+    assert bugreport.redacted(versions) == versions
+    usual = bugreport._json(settings.effective(AgentConfig(broker=Broker(host="broker.example.org"))))
+    assert bugreport.redacted(usual) == usual
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Environment=A={0}",
+        "  Environment = A={0}",
+        "Environment=A=1 \\\n    B={0}",
+        "Environment=A=1 \\\n    B=2 \\\n# a comment\n    C={0}",
+        "SetCredential=x:{0}",
+        "SetCredentialEncrypted=x: \\\n        {0} \\\n        {0}",
+        "LoadCredential=x:/{0}",
+    ],
+)
+def test_environment_and_credentials_of_the_unit(planted: Path, tmp_path: Path, text: str) -> None:
+    """All lines of these settings are hidden, by whatever name, and nothing behind them."""
+    (tmp_path / "unit").write_text(f"[Service]\n{text.format('hunter-Two')}\nRestart=on-failure\n")
+    found = bugreport._unit()
+    assert "hunter" not in found and "[redacted]" in found
+    assert found.count("[Service]") == found.count("Restart=on-failure") == 2
+
+
 def test_a_log_that_is_too_long_is_cut_at_its_beginning() -> None:
     """The newest lines matter."""
-    found = bugreport.redacted("a\n" * bugreport.TEXT_MAX + "the end")
+    found = bugreport.redacted("a\n" * (bugreport.TEXT_MAX // 2) + "the end")
     assert len(found) == bugreport.TEXT_MAX and found.endswith("the end")
 
 

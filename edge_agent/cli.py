@@ -215,10 +215,15 @@ def _show_trainer(found: "Trainer", options: argparse.Namespace) -> None:
 
 
 def _config_check(options: argparse.Namespace) -> int:
+    from edge_agent import config as settings
     from edge_agent import service
     from shared import config
 
-    found = _config(options)
+    found = _config(options, files=False)
+    if (hidden := settings.encrypted(found.broker.key)) is None:
+        found = _config(options)
+    else:
+        cli.say(f"{hidden} is encrypted: the unit loads it, and whether it fits only the agent can tell")
     service.check_identity(found)
     show(config.effective(found), options.json)
     return Exit.OK

@@ -148,6 +148,17 @@ def load(path: Path, environ: Mapping[str, str] | None = None, files: bool = Tru
     return found
 
 
+def encrypted(key: Path) -> Path | None:
+    """Where `key` lies encrypted instead, as docs/howto/install.md has it: only the unit gets to see it in plain."""
+    there = beside(key)
+    return there if there.exists() and not key.exists() else None
+
+
+def beside(key: Path) -> Path:
+    """The file for what systemd-creds makes of a key."""
+    return key.with_name(f"{key.name}.cred")
+
+
 def zone(name: str, localtime: Path = Path("/etc/localtime")) -> tzinfo:
     """The time zone called `name`; "" is the device's own, UTC where it has none. ValueError for an unknown name."""
     if name:

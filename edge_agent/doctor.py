@@ -70,10 +70,10 @@ def _examined(path: Path, environ: Mapping[str, str]) -> list[Check]:
     except ConfigError as error:
         return [Check("configuration", "failed", str(error), "mend that line; edge-agent config check tries it again")]
     found = [Check("configuration", "ok", f"{path} is sound"), zone(config)]
-    mine, checks = keys(config)
+    told, running = daemon(config)
+    mine, checks = keys(config, told=told)
     found += checks
     found += [root(config), *clock(mine, clocks.synchronised()), *state(config)]
-    told, running = daemon(config)
     found.append(running)
     found += broker(config, mine, told, running)
     found += [pressure(config), triggers(config, told), delegation(told), memory(config)]
@@ -111,11 +111,18 @@ def clock(mine: Identity | None, synchronised: bool, now: float | None = None) -
     return [Check("clock", "warning", f"{here}, and nothing sets it, as far as the kernel knows", advice)]
 
 
-def keys(config: AgentConfig, now: float | None = None) -> tuple[Identity | None, list[Check]]:
-    """Key and certificate: readable by the agent alone, of one pair, of the fleet's CA, and not about to expire."""
+def keys(
+    config: AgentConfig, now: float | None = None, told: Mapping[str, Any] | None = None
+) -> tuple[Identity | None, list[Check]]:
+    """Key and certificate: readable by the agent alone, of one pair, of the fleet's CA, and not about to expire.
+
+    Of a key that is encrypted only the running agent knows, by what it has `told`.
+    """
     for file in (config.broker.key, config.broker.cert, config.broker.ca):
         if file.exists() and not os.access(file, os.R_OK):
             return None, [Check("identity", "skipped", f"{file} may not be read", "run it as root: sudo")]
+    if (hidden := settings.encrypted(config.broker.key)) is not None:
+        return None, _encrypted(hidden, told)
     try:
         at = time.time() if now is None else now
         mine = renewal.choose(config, at)
@@ -131,7 +138,22 @@ def keys(config: AgentConfig, now: float | None = None) -> tuple[Identity | None
         found.append(Check("key", "failed", text, "restore the pair, or edge-agent enrol --again"))
     else:
         found.append(Check("key", "ok", f"{mine.key_file} is of the certificate, and closed to others"))
+    if (beside := settings.beside(config.broker.key)).exists():
+        text = f"{beside} lies beside {config.broker.key}: the unit loads one of them, whichever its drop-in names"
+        found.append(Check("key", "warning", text, "remove the other; enrol anew if they are not the same key"))
     return mine, [*found, _certificate(config, mine, authorities, at)]
+
+
+def _encrypted(hidden: Path, told: Mapping[str, Any] | None) -> list[Check]:
+    key = Check("key", "skipped", f"{hidden} is encrypted: the unit decrypts it for the agent, and for nobody else")
+    shown = (told or {}).get("certificate")
+    if told is None or not shown:
+        text = "only a running agent can tell whether it is of that key"
+        return [key, Check("certificate", "skipped", text, f"systemctl start {UNIT}; systemctl status {UNIT}")]
+    text = f"{told.get('device')} until {shown['expires'][:10]}, {shown['days']:.0f} days, says the agent"
+    if shown["expiring"]:
+        return [key, Check("certificate", "warning", text, f"journalctl -u {UNIT} EVENT=renewal.failed may say why")]
+    return [key, Check("certificate", "ok", text)]
 
 
 def _certificate(config: AgentConfig, mine: Identity, authorities: Sequence[Any], now: float) -> Check:
@@ -233,7 +255,7 @@ def broker(config: AgentConfig, mine: Identity | None, told: dict[str, Any] | No
         # Whoever connects under the device's name ends the session of the agent that has it.
         return [Check("broker", "skipped", "an agent may be connected, and cannot be asked", running.advice)]
     if mine is None:
-        return [Check("broker", "skipped", "without an identity nobody lets this device in")]
+        return [Check("broker", "skipped", "without an identity that can be read nobody lets this device in")]
     return _connected(config, mine)
 
 

@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from edge_agent.config import beside
 from shared import enrolment, identity, wire
 from shared.cli import Exit, Failure
 from shared.enrolment import BODY_MAX, PORT, Enrolment, EnrolRequest, Refusal, RenewRequest, Token
@@ -159,6 +160,10 @@ def enrol(config: Path, url: str, token: Token, name: str, *, again: bool, clock
     written, and what `fetch_ca` and `ask` raise; then the identity is as it was.
     """
     where, folder = place(url, clock), config.absolute().parent
+    if (hidden := beside(folder / KEY)).exists():
+        # The unit goes on loading it, so it would show the new certificate with the old key.
+        advice = f"move it away (mv {hidden} {hidden}.old), enrol, and encrypt the new key as the old one was"
+        raise Failure(Exit.FAILED, f"{hidden} is the key of this device, and the unit loads that: {advice}")
     if not again and any((folder / each).exists() for each in (KEY, CERTIFICATE)):
         raise Failure(Exit.FAILED, f"{folder} holds a device's identity already; --again replaces it")
     pending = folder / f".{KEY}.enrolling"

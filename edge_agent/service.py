@@ -22,7 +22,7 @@ from edge_agent import participation as core
 from edge_agent.budget import Budget
 from edge_agent.bus import Bus, BusSaid
 from edge_agent.child import Settings, Trainer, TrainerExited, TrainerSaid, TrainerWrote, rss
-from edge_agent.config import AgentConfig, zone
+from edge_agent.config import AgentConfig, encrypted, zone
 from edge_agent.delivery import Delivery, Waiting
 from edge_agent.download import Downloads
 from edge_agent.eligibility import DeviceFacts, questions
@@ -1070,10 +1070,16 @@ def _waiting(delivery: Delivery, each: Waiting, mono: float) -> dict[str, object
 
 
 def check_identity(config: AgentConfig) -> None:
-    """Read what the device proves itself with, and what it trusts; ConfigError names the file that does not fit."""
+    """Read what the device proves itself with, and what it trusts; ConfigError names the file that does not fit.
+
+    A key that only the unit can decrypt is taken on trust: the agent itself reads it when it starts.
+    """
     _device_name(config, identity.common_name(identity.load_certificate(config.broker.cert)))
-    identity.load_key(config.broker.key)
-    tls(config.broker.ca, config.broker.cert, config.broker.key)
+    if encrypted(config.broker.key) is None:
+        identity.load_key(config.broker.key)
+        tls(config.broker.ca, config.broker.cert, config.broker.key)
+    else:
+        identity.load_certificates(config.broker.ca)
     identity.load_root(config.trust.root)
 
 

@@ -12,6 +12,7 @@ import pytest
 from aggregator import ca
 from edge_agent import cli, control
 from edge_agent.control import ControlRequest, Request
+from shared.enrolment import Token
 from shared.version import VERSION
 from tests.unit.test_local import network, publish, rows
 
@@ -105,6 +106,28 @@ def test_config_check_obeys_the_environment(
     monkeypatch.setenv("FIELDFARE_BROKER__PORT", "8884")
     assert cli.main(["config", "check", "--config", str(config), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["broker"]["port"] == 8884
+
+
+def test_a_key_that_only_the_unit_can_read(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no fault of the configuration; the rest is checked as ever, and no enrolment leaves it beside a new key."""
+    check = ["config", "check", "--config", str(config), "--json"]
+    hidden = (config.parent / "device.key").rename(config.parent / "device.key.cred")
+    assert cli.main(check) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["broker"]["key"] == str(config.parent / "device.key") and str(hidden) in told.err
+
+    before = {file: file.read_bytes() for file in config.parent.iterdir()}
+    token = str(Token("abcdefgh", b"s" * 16, b"p" * 32))
+    assert cli.main(["enrol", "https://127.0.0.1:9", token, "--again", "--config", str(config)]) == 1
+    assert f"mv {hidden}" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in config.parent.iterdir()} == before
+
+    (config.parent / "ca.crt").write_text("no\n")
+    assert cli.main(check) == 78
+    assert "ca.crt" in capsys.readouterr().err
+    hidden.unlink()
+    assert cli.main(check) == 78
+    assert "device.key" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["config", "check"], ["run"], ["status"]])

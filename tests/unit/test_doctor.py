@@ -94,6 +94,28 @@ def test_files_that_are_missing_or_wrong(config: AgentConfig) -> None:
     assert mine is None and str(config.broker.cert) in only(checks, "failed").text
 
 
+def test_a_key_that_only_the_unit_can_read(config: AgentConfig) -> None:
+    """Nobody is told to throw a good identity away: the running agent says how it is, and it alone can."""
+    hidden = config.broker.key.rename(config.broker.key.with_name("device.key.cred"))
+    mine, checks = doctor.keys(config, NOW)
+    assert mine is None and [each.result for each in checks] == ["skipped", "skipped"]
+    assert str(hidden) in checks[0].text and not any("enrol" in each.advice for each in checks)
+    told = {"device": "sensor-1", "certificate": {"expires": "2027-01-31T00:00:00+00:00", "days": 64.2}}
+    for expiring, result in ((False, "ok"), (True, "warning")):
+        told["certificate"] |= {"expiring": expiring}  # type: ignore[operator]
+        _, (_, certificate) = doctor.keys(config, NOW, told)
+        assert certificate.result == result and "sensor-1 until 2027-01-31, 64 days" in certificate.text
+    shutil.copy(config.broker.cert, config.broker.key)
+    hidden.unlink()
+    assert only(doctor.keys(config, NOW)[1], "failed").name == "identity"
+
+
+def test_a_key_both_ways(config: AgentConfig) -> None:
+    """Of an encrypted key beside a plain one nobody knows which the unit loads."""
+    shutil.copy(config.broker.key, config.broker.key.with_name("device.key.cred"))
+    assert "device.key.cred" in only(doctor.keys(config, NOW)[1], "warning").text
+
+
 def test_the_clock(config: AgentConfig) -> None:
     """Behind the certificate, not set by anything, or right."""
     mine, _ = doctor.keys(config, NOW)

@@ -68,7 +68,7 @@ def _examined(path: Path, environ: Mapping[str, str]) -> list[Check]:
     try:
         config = settings.load(path, environ, files=False)
     except ConfigError as error:
-        return [Check("configuration", "failed", str(error), "mend that line; edge-agent config check tries it again")]
+        return [Check("configuration", "failed", str(error), _mend(path, error))]
     found = [Check("configuration", "ok", f"{path} is sound"), zone(config)]
     told, running = daemon(config)
     mine, checks = keys(config, told=told)
@@ -81,6 +81,12 @@ def _examined(path: Path, environ: Mapping[str, str]) -> list[Check]:
     found.append(contracts)
     found += training(config, wanted)
     return found
+
+
+def _mend(path: Path, error: ConfigError) -> str:
+    if path.exists() and error.key != "broker":
+        return "mend that line; edge-agent config check tries it again"
+    return "edge-agent enrol URL TOKEN makes it, and so does a device's bundle from aggregator device add"
 
 
 # -- the device itself ---------------------------------------------------------------------------------------------

@@ -183,7 +183,16 @@ def test_a_configuration_that_is_wrong_is_all_that_is_said(tmp_path: Path) -> No
     """Nothing else can be judged without one."""
     (tmp_path / "agent.toml").write_text("[broker]\nhots = 1\n")
     (check,) = doctor.examine(tmp_path / "agent.toml", {})
-    assert check["result"] == "failed" and "broker.hots" in check["text"]
+    assert check["result"] == "failed" and "broker.hots" in check["text"] and "mend that line" in check["advice"]
+
+
+@pytest.mark.parametrize("text", [None, "# nothing but what the package brings\n"])
+def test_a_device_that_never_enrolled(tmp_path: Path, text: str | None) -> None:
+    """Without a configuration, or with none of its fleet, there is no line to mend."""
+    if text is not None:
+        (tmp_path / "agent.toml").write_text(text)
+    (check,) = doctor.examine(tmp_path / "agent.toml", {})
+    assert check["result"] == "failed" and "edge-agent enrol" in check["advice"] and "mend" not in check["advice"]
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ def _examined(path: Path, environ: Mapping[str, str]) -> list[Check]:
     found.append(running)
     found += broker(config, mine, told, running)
     found += [pressure(config), triggers(config, told), delegation(told), memory(config)]
+    found += shelf(told)
     wanted, contracts = tasks(config)
     found.append(contracts)
     found += training(config, wanted)
@@ -399,6 +400,15 @@ def delegation(told: dict[str, Any] | None) -> Check:
             "control groups", "warning", text, "systemd.unified_cgroup_hierarchy=1 on the kernel's command line"
         )
     return Check("control groups", "ok", "the trainer has a group of its own with all its limits")
+
+
+def shelf(told: Mapping[str, Any] | None) -> list[Check]:
+    """Whether the agent can put models where programs look for them; what its unit lets it write only it knows."""
+    found = (told or {}).get("models") or {}
+    if not found.get("closed"):
+        return []
+    advice = "docs/cli.md says how to open device.models to the agent, under Models"
+    return [Check("models", "failed", found["closed"], advice)]
 
 
 # -- training ------------------------------------------------------------------------------------------------------

@@ -232,6 +232,8 @@ class Service:
         self._link.start()
         self._manager.ready()
         tell(Event.DAEMON_STARTED, device=self._device, version=VERSION)
+        if closed := self._shelf.closed:
+            tell(Event.STORAGE_FAILED, path=self._config.device.shelf, detail=closed)
         try:
             while not self._driver.stopping:
                 self._driver.turn(wait)
@@ -761,7 +763,7 @@ class Service:
         try:
             self._shelf.put(model, manifest, evaluate, weights)
         except StorageError as error:
-            tell(Event.STORAGE_FAILED, path=error.path, detail=error.detail)
+            tell(Event.STORAGE_FAILED, path=error.path, detail=self._shelf.closed or error.detail)
             return
         shown = {f"metric_{name}": value for name, value in metrics.items()}
         tell(Event.MODEL_USED, task=manifest.task, version=manifest.version, release=release.number, **shown)
@@ -976,6 +978,7 @@ class Service:
             "last_update": self._last_update,
             "last_failure": self._last_failure,
             "tasks": {task.name: _shown(task, part.datasets) for task in part.tasks.values()},
+            "models": {"folder": str(self._config.device.shelf), "closed": self._shelf.closed or None},
             "memory": {"agent": rss(os.getpid()), "trainer": self._trainer.rss()},
             "counts": dict(sorted(self._counts.items())),
             "refused": dict(sorted(self._refused.items())),

@@ -50,6 +50,14 @@ class Shelf:
     def __init__(self, directory: Path, public: bool) -> None:
         self._directory, self._public = directory, public
 
+    @property
+    def closed(self) -> str:
+        """Why no model can be put here; "" if one can, as far as can be told without trying."""
+        there = next(each for each in (self._directory, *self._directory.parents) if os.path.exists(each))
+        if os.access(there, os.W_OK | os.X_OK):
+            return ""
+        return f"{there} is closed to the agent: ReadWritePaths= in a drop-in of the unit, and its own user, open it"
+
     def path(self, task: str) -> Path:
         """The link by which programs find a task's model."""
         return self._directory / task

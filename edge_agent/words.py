@@ -40,6 +40,8 @@ def status(found: Answer) -> list[str]:
         rows.append(("last update", f"{last.get('task')} round {last.get('round')}: {last.get('outcome')}"))
     if last := found.get("last_failure"):
         rows.append(("last failure", f"{last.get('task')} round {last.get('round')}: {last.get('detail')}"))
+    if closed := (found.get("models") or {}).get("closed"):
+        rows.append(("models", f"none can be put where programs look for them: {closed}"))
     if memory := found.get("memory"):
         used = [f"{name} {megabytes(size)}" for name, size in memory.items() if size]
         rows.append(("memory", ", ".join(used) or "-"))

@@ -24,6 +24,7 @@ from edge_agent.eligibility import Policy
 from edge_agent.jobs import Done
 from edge_agent.pressure import PressureWatch
 from edge_agent.service import Service, Stop, restored
+from edge_agent.shelf import Shelf
 from edge_agent.store import Kept, Store
 from shared import identity, logs, signing, wire
 from shared.control import ControlRequest
@@ -140,6 +141,15 @@ class Wire:
         assert structs.asdict(wire.unpack(payload, DeviceStatus))["obstacles"] == ["cpu"]
         self.mid += 1
         return self.mid
+
+
+def test_status_says_that_no_model_can_be_put_anywhere(service: Service, tmp_path: Path) -> None:
+    """With the folder, as programs on the device know it."""
+    assert service._status(NOW)["models"] == {"folder": str(tmp_path / "state" / "models"), "closed": None}
+    (tmp_path / "file").touch()
+    service._shelf = Shelf(tmp_path / "file" / "models", public=True)
+    shown = service._status(NOW)["models"]
+    assert isinstance(shown, dict) and str(tmp_path / "file") in shown["closed"]
 
 
 def test_status_says_how_load_is_noticed(service: Service) -> None:

@@ -163,6 +163,13 @@ def test_what_only_the_agent_knows(config: AgentConfig) -> None:
     assert doctor.delegation(None).result == "skipped"
 
 
+def test_a_folder_of_models_that_is_closed_to_the_agent() -> None:
+    """What the unit lets it write is not what root may, so the agent's word counts."""
+    assert doctor.shelf({"models": {"folder": "/srv/models", "closed": None}}) == doctor.shelf(None) == []
+    told = {"models": {"folder": "/srv/models", "closed": "/srv/models is closed"}}
+    assert "/srv/models" in only(doctor.shelf(told), "failed").text
+
+
 def test_windows_without_a_zone(config: AgentConfig, tmp_path: Path) -> None:
     """Nobody lives in UTC."""
     nights = settings.load(tmp_path / "etc" / "agent.toml", {"FIELDFARE_POLICY__WINDOWS": '["22:00-06:00"]'})

@@ -49,6 +49,14 @@ def test_what_lies_there(models: Shelf, parts: tuple[Path, Path]) -> None:
     assert all(path.stat().st_mode & 0o077 == 0 for path in (link.parent, link.resolve(), *link.iterdir()))
 
 
+def test_a_folder_that_is_closed(models: Shelf, tmp_path: Path) -> None:
+    """It is known before the first model comes, also where the folder is not there yet."""
+    assert models.closed == ""
+    (tmp_path / "file").touch()
+    closed = Shelf(tmp_path / "file" / "models", public=True).closed
+    assert closed.startswith(str(tmp_path / "file")) and "ReadWritePaths=" in closed
+
+
 def test_the_next_release(models: Shelf, parts: tuple[Path, Path]) -> None:
     """The link changes at once; who has the old folder open reads on, and it is gone then."""
     models.put(model(1), MANIFEST, *parts)

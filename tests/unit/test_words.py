@@ -31,6 +31,7 @@ STATUS: dict[str, Any] = {
         "other": {"obstacle": "no data set other here"},
     },
     "last_update": {"task": "digits", "round": 2, "outcome": "accepted"},
+    "models": {"folder": "/srv/models", "closed": "/srv/models is closed"},
     "memory": {"agent": 40_000_000, "trainer": None},
 }
 
@@ -50,6 +51,7 @@ def test_status_is_read_at_a_glance() -> None:
         "task         other: no data set other here",
         "download     points release 5, next try in 60 s",
         "last update  digits round 2: accepted",
+        "models       none can be put where programs look for them: /srv/models is closed",
         "memory       agent 40.0 MB",
         "running      for 1 d 2 h, version 0.4.0",
     ):

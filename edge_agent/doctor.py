@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +80,7 @@ def _examined(path: Path, environ: Mapping[str, str]) -> list[Check]:
     found += shelf(told)
     wanted, contracts = tasks(config)
     found.append(contracts)
-    found += training(config, wanted)
+    found += training(config, wanted, eyes(config, told))
     return found
 
 
@@ -428,30 +428,68 @@ def tasks(config: AgentConfig) -> tuple[list[TaskManifest], Check]:
     return found, Check("tasks", "ok", f"tasks on this device: {names}")
 
 
-def training(config: AgentConfig, held_tasks: Sequence[TaskManifest]) -> list[Check]:
+@dataclass(frozen=True, slots=True)
+class Eyes:
+    """Who looks at data, and from where: what root sees in its own place proves nothing."""
+
+    enter: tuple[str, ...] = ()
+    """Command that what follows it is run by."""
+    user: Mapping[str, Any] = field(default_factory=dict)
+    """For subprocess.run, where there is nothing to enter."""
+    root: Path = Path("/")
+
+    def see(self, path: Path) -> bool:
+        """Whether there is this file or folder."""
+        return os.path.exists(self.root / path.relative_to("/"))
+
+
+def eyes(config: AgentConfig, told: Mapping[str, Any] | None) -> Eyes:
+    """Those of the running agent where root asks: its unit's drop-ins open and close folders for it alone.
+
+    Where no agent runs those of its user.
+    """
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        if os.geteuid() != 0:
+            return Eyes()
+        if told is not None and shutil.which("nsenter") and shutil.which("setpriv"):
+            process = Path("/proc") / str(int(told["pid"]))
+            lines = (line.partition(":") for line in (process / "status").read_text().splitlines())
+            ids = {name: value.split() for name, _, value in lines}
+            if (user := ids["Uid"][1]) != "0":
+                groups = f"--groups={','.join(ids['Groups'])}" if ids["Groups"] else "--clear-groups"
+                become = ("setpriv", f"--reuid={user}", f"--regid={ids['Gid'][1]}", groups)
+                return Eyes(("nsenter", f"--target={process.name}", "--mount", *become), {}, process / "root")
+        if owner := config.device.state_dir.stat().st_uid:
+            who = pwd.getpwuid(owner)
+            extra = os.getgrouplist(who.pw_name, who.pw_gid)
+            return Eyes(user={"user": owner, "group": who.pw_gid, "extra_groups": extra})
+    return Eyes()
+
+
+def training(config: AgentConfig, held_tasks: Sequence[TaskManifest], look: Eyes) -> list[Check]:
     """PyTorch in a child behind the trainer's limits; then each data set, as the tasks want it, read by that child."""
-    absent = [_absent(name, each.path) for name, each in config.data.items() if not each.path.exists()]
+    absent = [_absent(name, each.path) for name, each in config.data.items() if not look.see(each.path)]
     if libraries.present(config.trainer.python) is False:
         advice = "sudo edge-agent trainer install"
         return [Check("trainer", "failed", "PyTorch is not installed for the agent", advice), *absent]
     wanted = [
         {"task": each.task, "source": {"kind": there.format, "path": str(there.path)}, "contract": each.data}
         for each in held_tasks
-        if (there := config.data.get(each.data.dataset)) is not None and there.path.exists()
+        if (there := config.data.get(each.data.dataset)) is not None and look.see(there.path)
     ]
-    found, why = _tried(config, msgspec.json.encode(wanted))
+    found, why = _tried(config, msgspec.json.encode(wanted), look)
     if found is None:
         advice = "sudo edge-agent trainer install repairs it; raise trainer.memory_max if it ran out of memory"
         return [Check("trainer", "failed", f"PyTorch does not work in the trainer: {why}", advice), *absent]
     works = Check("trainer", "ok", f"PyTorch {found['torch']} works behind the trainer's limits")
-    return [works, *absent, *_data(config, found["data"])]
+    return [works, *absent, *_data(config, found["data"], look)]
 
 
 def _absent(name: str, path: Path) -> Check:
     return Check(f"data {name}", "failed", f"{path} is not there", f"put it there, or mend path in [data.{name}]")
 
 
-def _data(config: AgentConfig, found: Iterable[Mapping[str, Any]]) -> list[Check]:
+def _data(config: AgentConfig, found: Iterable[Mapping[str, Any]], look: Eyes) -> list[Check]:
     checks = []
     seen = set()
     for each in found:
@@ -459,26 +497,27 @@ def _data(config: AgentConfig, found: Iterable[Mapping[str, Any]]) -> list[Check
         name = f"data {each['dataset']}"
         if each["refused"]:
             text = f"task {each['task']}: {each['refused']}"
-            checks.append(Check(name, "failed", text, "mend the file that is named"))
+            blind = "" if look.enter else "; drop-ins of the unit show only while it runs"
+            checks.append(Check(name, "failed", text, f"mend the file that is named{blind}"))
         else:
             checks.append(Check(name, "ok", f"{each['examples']} examples as task {each['task']} wants them"))
     for name, there in config.data.items():
-        if name not in seen and there.path.exists():
+        if name not in seen and look.see(there.path):
             checks.append(Check(f"data {name}", "ok", f"{there.path} is there; no task here asks for it"))
     return checks
 
 
-def _tried(config: AgentConfig, wanted: bytes) -> tuple[dict[str, Any] | None, str]:
+def _tried(config: AgentConfig, wanted: bytes, look: Eyes) -> tuple[dict[str, Any] | None, str]:
     """What edge_agent.trial found, or why it failed."""
     python = str(config.trainer.python or sys.executable)
-    command = [python, "-P", "-m", "edge_agent.confined", "--trial", f"--parent={os.getpid()}"]
+    command = [*look.enter, python, "-P", "-m", "edge_agent.confined", "--trial", f"--parent={os.getpid()}"]
     command += [f"--memory-max={config.trainer.memory_max}", f"--nice={config.trainer.nice}"]
     code = [] if config.trainer.python else [str(Path(__file__).resolve().parent.parent)]
     code += [os.path.abspath(each) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
     environ = {"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": os.pathsep.join(code)}
     try:
         ran = subprocess.run(
-            command, input=wanted, capture_output=True, timeout=TRIAL, cwd="/", env=environ, **_user(config)
+            command, input=wanted, capture_output=True, timeout=TRIAL, cwd="/", env=environ, **look.user
         )
     except subprocess.TimeoutExpired:
         return None, f"it did nothing for {TRIAL:g} s"
@@ -489,13 +528,3 @@ def _tried(config: AgentConfig, wanted: bytes) -> tuple[dict[str, Any] | None, s
         return None, f"signal {-ran.returncode}" if ran.returncode < 0 else words[-1] if words else "no word"
     found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return found, ""
-
-
-def _user(config: AgentConfig) -> dict[str, Any]:
-    """As whom: root looks with the agent's eyes, since its own see every file."""
-    with contextlib.suppress(OSError, KeyError):
-        owner = config.device.state_dir.stat().st_uid
-        if os.geteuid() == 0 and owner != 0:
-            who = pwd.getpwuid(owner)
-            return {"user": owner, "group": who.pw_gid, "extra_groups": os.getgrouplist(who.pw_name, who.pw_gid)}
-    return {}

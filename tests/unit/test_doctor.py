@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from aggregator import ca
 from edge_agent import config as settings
 from edge_agent import doctor
 from edge_agent.config import AgentConfig, Data
-from edge_agent.doctor import Check
+from edge_agent.doctor import Check, Eyes
 from edge_agent.eligibility import Policy
 from edge_agent.store import Store, held
 from shared import signing
@@ -237,7 +238,7 @@ def test_pytorch_and_the_data_in_the_child(
     config = structs.replace(holding, data={"points": Data(tmp_path / "points.npz")})
     found, contracts = doctor.tasks(config)
     assert contracts.result == "ok"
-    trainer, data = doctor.training(config, found)
+    trainer, data = doctor.training(config, found, Eyes())
     assert (trainer.name, trainer.result) == ("trainer", "ok"), trainer.text
     assert (data.name, data.result) == ("data points", result) and words in data.text
 
@@ -246,15 +247,30 @@ def test_a_trainer_that_cannot_work(config: AgentConfig) -> None:
     """Not installed, not startable, or not in the memory that it may have."""
 
     def tried(**changes: Any) -> Check:
-        return doctor.training(structs.replace(config, trainer=structs.replace(config.trainer, **changes)), [])[0]
+        return doctor.training(structs.replace(config, trainer=structs.replace(config.trainer, **changes)), [], Eyes())[
+            0
+        ]
 
     assert "does not work" in tried(memory_max=64 << 20).text
     assert "No such file" in tried(python=Path("/nowhere/bin/python")).text
 
 
-def test_root_looks_with_the_agents_eyes(config: AgentConfig) -> None:
-    """What root can read proves nothing."""
-    assert doctor._user(config) == {}
-    if os.geteuid() == 0:
-        os.chown(config.device.state_dir, 65534, 65534)
-        assert doctor._user(config)["user"] == 65534
+def test_root_looks_with_the_agents_eyes(config: AgentConfig, tmp_path: Path) -> None:
+    """What root can read proves nothing, nor what lies where the running agent's unit does not look."""
+    assert doctor.eyes(config, None) == Eyes() and Eyes().see(tmp_path)
+    if os.geteuid() != 0:
+        return
+    os.chown(config.device.state_dir, 65534, 65534)
+    assert doctor.eyes(config, None).user["user"] == 65534
+    sleeper = subprocess.Popen(["sleep", "60"], user=65534, group=65534, extra_groups=[4, 5])
+    try:
+        found = doctor.eyes(config, {"pid": sleeper.pid})
+        become = ("setpriv", "--reuid=65534", "--regid=65534", "--groups=4,5")
+        assert found == Eyes(
+            ("nsenter", f"--target={sleeper.pid}", "--mount", *become), {}, Path(f"/proc/{sleeper.pid}/root")
+        )
+        assert found.see(tmp_path) and not found.see(tmp_path / "nowhere")
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert doctor.eyes(config, {"pid": os.getpid()}).user["user"] == 65534  # an agent that is root sees as we do

@@ -215,7 +215,9 @@ class _Child:
         with self._lock:
             if self._ended.is_set():
                 return
-            grouped = self._sandbox is not None and self._sandbox.freeze(frozen)
+            # A child that could not join its group would run on while that is frozen.
+            box = self._sandbox
+            grouped = box is not None and box.holds(self.pid) and box.freeze(frozen)
             if grouped or self._signal(signal.SIGSTOP if frozen else signal.SIGCONT):
                 self.frozen = frozen
 

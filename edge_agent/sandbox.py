@@ -61,6 +61,13 @@ class Sandbox:
         """Freeze or thaw everything in the trainer's group; False where that cannot be done."""
         return self._set(self.trainer / "cgroup.freeze", "1" if frozen else "0")
 
+    def holds(self, pid: int) -> bool:
+        """Whether this process is in the trainer's group; False where that cannot be read."""
+        try:
+            return str(pid) in (self.trainer / "cgroup.procs").read_text().split()
+        except OSError:
+            return False
+
     @property
     def freezes(self) -> bool:
         """Whether the kernel can freeze the group."""

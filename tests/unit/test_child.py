@@ -22,6 +22,7 @@ from aggregator import export
 from edge_agent import child, jobs
 from edge_agent.child import Event, Settings, Trainer, TrainerExited, TrainerSaid, TrainerWrote
 from edge_agent.jobs import Cancel, Done, Failed, Job, Order, Progress, Source, Suspended
+from edge_agent.sandbox import Sandbox
 from shared import sealing
 from shared.errors import Reason, RemoteProtocolError, TrainingError
 from shared.messages import DataContract, Sgd, TensorContract, TensorSpec, Training
@@ -88,9 +89,9 @@ def endless(job: Job) -> Job:
 class Owner:
     """What the agent's owner thread does: it takes events from a mailbox."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, sandbox: Sandbox | None = None) -> None:
         self.mailbox: queue.Queue[Event] = queue.Queue()
-        self.trainer = Trainer(self.mailbox.put, settings)
+        self.trainer = Trainer(self.mailbox.put, settings, sandbox)
         self.wrote: list[str] = []
 
     def next(self) -> Event:
@@ -209,11 +210,41 @@ def test_freeze_and_thaw(warm: Owner, job: Job) -> None:
     warm.trainer.freeze()
     os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
     assert warm.trainer.frozen
-    assert Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+    assert stopped(pid)
     warm.trainer.submit(job)
     warm.trainer.thaw()
     assert not warm.trainer.frozen
     assert isinstance(warm.result(), Done) and warm.trainer.pid == pid
+
+
+def stopped(pid: int) -> bool:
+    """Whether a signal has stopped this process."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_a_group_that_it_is_not_in(tmp_path: Path) -> None:
+    """Its group is frozen only where the child is in it, and then nothing else; else the child itself is stopped."""
+    group = tmp_path / "trainer"
+    group.mkdir()
+    (group / "cgroup.freeze").write_text("")
+    owner = Owner(Settings(), Sandbox(tmp_path))
+    try:
+        pid = owner.trainer.start()
+        procs = group / "cgroup.procs"
+        until(lambda: procs.exists() or None, "the child's try to join")
+        owner.trainer.freeze()
+        until(lambda: stopped(pid) or None, "a child that stands still", 10)
+        assert owner.trainer.frozen and (group / "cgroup.freeze").read_text() == "0"
+        owner.trainer.thaw()
+        until(lambda: not stopped(pid) or None, "a child that goes on")
+        procs.write_text(f"{os.getpid()}\n{pid}\n")
+        owner.trainer.freeze()
+        assert owner.trainer.frozen and (group / "cgroup.freeze").read_text() == "1"
+        assert not stopped(pid)
+        owner.trainer.thaw()
+        assert not owner.trainer.frozen and (group / "cgroup.freeze").read_text() == "0"
+    finally:
+        end(owner)
 
 
 def test_suspended_in_training(warm: Owner, job: Job, tmp_path: Path) -> None:

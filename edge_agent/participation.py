@@ -71,6 +71,8 @@ LEAVING = 20.0
 """Seconds in which a trainer must have left its job; then it is killed, and an older checkpoint has to do."""
 RETRY_FIRST, RETRY_MAX = 60.0, 3600.0
 """Seconds before a failed job is tried again; doubles."""
+SHELF_RETRY = 300.0
+"""Seconds until a release that could not be put into use, because the disk refused, is tried again."""
 
 # -- events ------------------------------------------------------------------------------------------------------
 
@@ -179,6 +181,13 @@ class TrainerGone:
 
 
 @dataclass(frozen=True, slots=True)
+class ShelfFailed:
+    """The disk refused to put a release where programs find it; the one before is still there."""
+
+    effect: "UseRelease"
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """The daemon is going to end: leave what is trained, begin nothing; `Left` says that it may."""
 
@@ -199,6 +208,7 @@ Event = (
     | ClockSet
     | TrainerTold
     | TrainerGone
+    | ShelfFailed
     | Leave
     | Tick
 )
@@ -500,7 +510,9 @@ class Task:
     """Monotonic seconds before which this round's training does not start."""
     failures: int = 0
     used: bytes | None = None
-    """Digest of the release in use on this device."""
+    """Digest of the release in use on this device, or soon, where the disk refuses."""
+    unshelved: tuple[float, UseRelease] | None = None
+    """What the disk refused, and the monotonic seconds at which it is tried again."""
     refused: bytes | None = None
     """Of the one that was judged and found clearly worse."""
 
@@ -693,6 +705,7 @@ class Participation:
             wanted.append(0.0)
         wanted += [self._next_start] if self.work is None else [self._work_deadline(self.work)]
         wanted.append(None if self.judging is None else self.judging.deadline)
+        wanted += [task.unshelved[0] for task in self.tasks.values() if task.unshelved is not None]
         wanted += [self._speak_at, self._ask_at] if self.connected else []
         wanted += [self.downloads.deadline, self.delivery.deadline]
         return min((each for each in wanted if each is not None), default=None)
@@ -763,6 +776,12 @@ class Participation:
                 if self.work.left_by is not None:
                     return self._has_left(self.work, False)
                 return self._failed(f"trainer_{cause}", detail, now)
+            case ShelfFailed(effect=effect):
+                task = self.tasks.get(effect.manifest.task)
+                position = None if task is None else task.release_position
+                if task is not None and position is not None and position.digest == effect.digest:
+                    task.unshelved = now.mono + SHELF_RETRY, effect
+                return []
             case Leave():
                 self._leaving = True
                 if self.work is None:
@@ -787,6 +806,10 @@ class Participation:
         if self.judging is not None and self.judging.deadline <= now.mono:
             stop = StopJudging(self.judging.id)
             effects += [stop, *self._judged(self.judging, None)]
+        for task in self.tasks.values():
+            if task.unshelved is not None and task.unshelved[0] <= now.mono:
+                effects.append(task.unshelved[1])
+                task.unshelved = None
         if self._ask_at is not None and self._ask_at <= now.mono and self.connected:
             self._ask_at = None
             effects.append(AskRecords())
@@ -862,7 +885,7 @@ class Participation:
             effects += self.delivery.outdated(name, (manifest.version, 0), 0)
         task.manifest_signed, task.manifest, task.release = coming.message.manifest, manifest, coming.release
         task.manifest_position, task.release_position = coming.manifest_position, coming.position
-        task.waiting_offer = None
+        task.waiting_offer, task.unshelved = None, None
         self.tasks[name] = task
         self._meet(max(manifest.v, coming.release.v))
         message = coming.message

@@ -221,7 +221,8 @@ class Service:
         jobs = [_left(each) for each in self._store.jobs()]
         used = {model.task: model.digest for model in self._shelf.models()}
         for effect in self._participation.restore(tasks, updates, now, jobs, used):
-            assert not list(self.perform(effect))
+            for event in self.perform(effect):
+                self.mailbox.post(event)
 
     def run(self) -> None:
         """Work until a signal says stop."""
@@ -567,7 +568,7 @@ class Service:
                 self._trainer.stop()
                 self._job_pid = None
             case core.UseRelease():
-                self._use(effect)
+                yield from self._use(effect)
             case core.RefuseRelease():
                 self._counts["models_refused"] += 1
                 tell(Event.MODEL_REFUSED, task=effect.task, release=effect.release, why=effect.why)
@@ -753,8 +754,8 @@ class Service:
         except TrainingError as error:
             yield core.TrainerGone(error.reason, error.detail)
 
-    def _use(self, effect: core.UseRelease) -> None:
-        """Put the release where programs find it; a disk that refuses costs them the newer model, and is told."""
+    def _use(self, effect: core.UseRelease) -> Iterable[core.Event]:
+        """Put the release where programs find it; where the disk refuses, they go on with the one before."""
         manifest, release, judged = effect.manifest, effect.release, effect.judged
         _, evaluate, weights = self._store.files(manifest.task, manifest, release)
         metrics, examples = ({}, 0) if judged is None else (judged.metrics, judged.examples)
@@ -763,7 +764,9 @@ class Service:
         try:
             self._shelf.put(model, manifest, evaluate, weights)
         except StorageError as error:
-            tell(Event.STORAGE_FAILED, path=error.path, detail=self._shelf.closed or error.detail)
+            detail = self._shelf.closed or error.detail
+            tell(Event.STORAGE_FAILED, path=error.path, detail=detail, retry=core.SHELF_RETRY)
+            yield core.ShelfFailed(effect)
             return
         shown = {f"metric_{name}": value for name, value in metrics.items()}
         tell(Event.MODEL_USED, task=manifest.task, version=manifest.version, release=release.number, **shown)

@@ -1,6 +1,7 @@
 """The agent's shell without a broker and without a trainer: what must not end it."""
 
 import os
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,7 +31,7 @@ from shared import identity, logs, signing, wire
 from shared.control import ControlRequest
 from shared.driver import read_clock
 from shared.errors import ConfigError, RemoteProtocolError, StorageError
-from shared.machine import Instant
+from shared.machine import Instant, Tick
 from shared.messages import DeviceStatus, Outcome, Role, Signed, UpdateHead
 from shared.mqtt import LinkDown, LinkUp, Message, Published
 from shared.topics import task_release, task_round
@@ -187,13 +188,36 @@ def hand(service: Service, topic: str, message: object) -> None:
     service._driver.turn(0.0)
 
 
-def test_what_was_accepted_is_on_disk(service: Service, tmp_path: Path) -> None:
-    """Release and offer are stored with their positions, and older ones are refused by a process that starts anew."""
-    keys = records.Keys(
+def load_keys(tmp_path: Path) -> records.Keys:
+    """Of the service's fleet."""
+    return records.Keys(
         identity.load_signing_key(tmp_path / "fleet" / "publisher" / "publisher.key"),
         identity.load_signing_key(tmp_path / "fleet" / "aggregator" / "signing.key"),
         identity.load_signing_key(tmp_path / "fleet" / "root" / "root.key"),
     )
+
+
+def test_a_model_that_the_disk_refuses_is_put_into_use_later(service: Service, tmp_path: Path) -> None:
+    """The agent goes on meanwhile and can be started anew; once the disk does, programs find the newer model."""
+    keys, folder = load_keys(tmp_path), service._config.device.shelf
+    folder.write_text("in the way")
+    hand(service, task_release("points"), records.release(keys, records.manifest(keys, "points", 3)))
+    again = Service(service._config, read_clock())
+    folder.unlink()
+    for each in (service, again):
+        each._driver.turn(0.0)
+        assert Shelf(folder, public=False).models() == []
+        now = read_clock()
+        for effect in each.handle(Tick(), Instant(now.mono + core.SHELF_RETRY, now.utc + core.SHELF_RETRY)):
+            list(each.perform(effect))
+        (model,) = Shelf(folder, public=False).models()
+        assert (model.task, model.release) == ("points", 0)
+        shutil.rmtree(folder)
+
+
+def test_what_was_accepted_is_on_disk(service: Service, tmp_path: Path) -> None:
+    """Release and offer are stored with their positions, and older ones are refused by a process that starts anew."""
+    keys = load_keys(tmp_path)
     described = records.manifest(keys, "points", 3)
     message = records.release(keys, described)
 

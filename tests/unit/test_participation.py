@@ -1205,6 +1205,22 @@ def test_every_release_is_in_use_at_once() -> None:
     assert kinds(Bench().machine.restore([replace(task)], [], NOW, used={"points": bytes(32)})) == ["UseRelease"]
 
 
+def test_a_disk_that_refuses_the_model() -> None:
+    """It is asked again until it takes the model, or until a newer release has its turn."""
+    bench = Bench()
+    bench.tell(core.Connected(), Tick())
+    (used,) = [e for e in bench.tell(core.ReleaseArrived("points", MESSAGE)) if isinstance(e, core.UseRelease)]
+    for _ in range(2):
+        assert bench.tell(core.ShelfFailed(used)) == []
+        assert "UseRelease" not in kinds(bench.after(core.SHELF_RETRY - 1))
+        assert [each for each in bench.after(2) if isinstance(each, core.UseRelease)] == [used]
+    assert "UseRelease" not in kinds(bench.after(10 * core.SHELF_RETRY))
+    bench.tell(core.ShelfFailed(used))
+    assert "UseRelease" in kinds(bench.tell(core.ReleaseArrived("points", RECORDS.message(number=1))))
+    bench.tell(core.ShelfFailed(used))
+    assert "UseRelease" not in kinds(bench.after(10 * core.SHELF_RETRY))
+
+
 def test_a_release_is_judged() -> None:
     """One that is not clearly worse is taken into use with its metrics; one that is is refused, and that told."""
     bench = judge()

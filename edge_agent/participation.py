@@ -13,7 +13,8 @@ left with a checkpoint and the child ends, so that its memory is free. A job tha
 device is eligible again, also after a reboot, as long as its round is open.
 
 An accepted release becomes the model in use on this device at once, or, where its owner asks for it, after the trainer
-has judged it on the local hold-out and found it not clearly worse than the one in use.
+has judged it on the local hold-out and found it not clearly worse than the one in use. A release that the trainer
+cannot judge, in JUDGE_TRIES tries, does not take the place of one in use.
 
 It must never touch a socket, a disk, a clock or a private key: the shell signs heads and keeps files.
 """
@@ -71,6 +72,8 @@ LEAVING = 20.0
 """Seconds in which a trainer must have left its job; then it is killed, and an older checkpoint has to do."""
 RETRY_FIRST, RETRY_MAX = 60.0, 3600.0
 """Seconds before a failed job is tried again; doubles."""
+JUDGE_TRIES = 3
+"""Times that a trainer may fail to judge a release; then the one in use stays."""
 SHELF_RETRY = 300.0
 """Seconds until a release that could not be put into use, because the disk refused, is tried again."""
 
@@ -341,7 +344,7 @@ class UseRelease:
 
 @dataclass(frozen=True, slots=True)
 class RefuseRelease:
-    """The release in use stays: the newer one is clearly worse here."""
+    """The release in use stays: the newer one is clearly worse here, or could not be judged."""
 
     task: str
     release: int
@@ -514,7 +517,11 @@ class Task:
     unshelved: tuple[float, UseRelease] | None = None
     """What the disk refused, and the monotonic seconds at which it is tried again."""
     refused: bytes | None = None
-    """Of the one that was judged and found clearly worse."""
+    """Of the one that was judged and found clearly worse, or could not be judged."""
+    unjudged: int = 0
+    """Times that the trainer failed to judge the newest release."""
+    judge_at: float = 0.0
+    """Monotonic seconds before which that is not tried again."""
 
 
 @dataclass
@@ -621,7 +628,7 @@ class Participation:
     _leaving: bool = False
     """The daemon ends."""
     _next_start: float | None = None
-    """Monotonic seconds at which a job that is only waiting for its start time can begin."""
+    """Monotonic seconds at which a job, or a judgement, that is only waiting for its start time can begin."""
     _early: dict[str, Signed] = field(default_factory=dict)
     """The newest offer of tasks that no release has come of; the oldest makes room."""
     _said: PublishStatus | None = None
@@ -770,7 +777,7 @@ class Participation:
             case TrainerGone(cause=cause, detail=detail):
                 self._warm_until = None
                 if self.judging is not None:
-                    return self._judged(self.judging, None)
+                    return self._unjudged(self.judging, f"trainer_{cause}: {detail}", now)
                 if self.work is None:
                     return []
                 if self.work.left_by is not None:
@@ -804,8 +811,8 @@ class Participation:
             self._warm_until = None
             effects.append(RestTrainer())
         if self.judging is not None and self.judging.deadline <= now.mono:
-            stop = StopJudging(self.judging.id)
-            effects += [stop, *self._judged(self.judging, None)]
+            effects.append(StopJudging(self.judging.id))
+            effects += self._unjudged(self.judging, f"no result within {self.timeout:g} s", now)
         for task in self.tasks.values():
             if task.unshelved is not None and task.unshelved[0] <= now.mono:
                 effects.append(task.unshelved[1])
@@ -886,6 +893,7 @@ class Participation:
         task.manifest_signed, task.manifest, task.release = coming.message.manifest, manifest, coming.release
         task.manifest_position, task.release_position = coming.manifest_position, coming.position
         task.waiting_offer, task.unshelved = None, None
+        task.unjudged, task.judge_at = 0, 0.0
         self.tasks[name] = task
         self._meet(max(manifest.v, coming.release.v))
         message = coming.message
@@ -1090,7 +1098,8 @@ class Participation:
         if judge := self._judge(now):
             return judge
         wanted = [task for _, task in sorted(self.tasks.items()) if self.hold(task) is None]
-        self._next_start = min((task.start_at for task in wanted if task.start_at > now.mono), default=None)
+        moments = [*(task.start_at for task in wanted), *(task.judge_at for task in self._unproven())]
+        self._next_start = min((each for each in moments if each > now.mono), default=None)
         for task in wanted:
             if task.start_at > now.mono:
                 continue
@@ -1159,35 +1168,59 @@ class Participation:
         task.used, task.refused = digest, None
         return [UseRelease(task.manifest, task.release, digest, judged)]
 
+    def _unproven(self) -> list[Task]:
+        """Tasks whose newest release is to be judged, where the owner wants that."""
+
+        def waits(task: Task) -> bool:
+            manifest, position = task.manifest, task.release_position
+            if manifest is None or task.release is None or position is None or manifest.opset != OPSET_VERSION:
+                return False
+            return position.digest not in (task.used, task.refused) and manifest.data.dataset in self.datasets
+
+        return [task for _, task in sorted(self.tasks.items()) if self.quality.asked and waits(task)]
+
     def _judge(self, now: Instant) -> list[Effect]:
-        """The next release to be judged, if the owner wants that."""
-        if not self.quality.asked:
-            return []
-        for _, task in sorted(self.tasks.items()):
-            manifest, release, position = task.manifest, task.release, task.release_position
-            if manifest is None or release is None or position is None or manifest.opset != OPSET_VERSION:
-                continue
-            if position.digest in (task.used, task.refused) or manifest.data.dataset not in self.datasets:
+        """The next release to be judged."""
+        for task in self._unproven():
+            if task.judge_at > now.mono:
                 continue
             if now.mono - self._sensed_at > FACTS_FRESH:
                 return [self._sense()]
+            assert task.manifest is not None and task.release is not None and task.release_position is not None
             id = self.random(16).hex()
-            self.judging = Judging(id, task.name, position.digest, now.mono + self.timeout)
+            self.judging = Judging(id, task.name, task.release_position.digest, now.mono + self.timeout)
             self._warm_until = None
-            return [JudgeRelease(id, manifest, release), self._sense()]
+            return [JudgeRelease(id, task.manifest, task.release), self._sense()]
         return []
 
-    def _judged(self, judging: Judging, judged: Judged | None) -> list[Effect]:
-        """The trainer has judged; without a judgement nothing speaks against the newer release."""
+    def _judged(self, judging: Judging, judged: Judged) -> list[Effect]:
+        """The trainer has judged."""
+        task = self._concluded(judging)
+        if task is None or task.manifest is None:
+            return []
+        why = refusal(self.quality, task.manifest.metric, judged)
+        return self._use(task, judged) if why is None else self._refuse(task, judging, why)
+
+    def _unjudged(self, judging: Judging, why: str, now: Instant) -> list[Effect]:
+        """The trainer could not: perhaps later; but what nobody has judged never takes the place of what is in use."""
+        task = self._concluded(judging)
+        if task is None:
+            return []
+        task.judge_at = now.mono + min(RETRY_FIRST * 2.0**task.unjudged, RETRY_MAX)
+        task.unjudged += 1
+        if task.unjudged < JUDGE_TRIES:
+            return []
+        return self._refuse(task, judging, f"it could not be judged in {JUDGE_TRIES} tries: {why}")
+
+    def _concluded(self, judging: Judging) -> Task | None:
+        """The task whose newest release this was about, if it still is."""
         self.judging = None
         task = self.tasks.get(judging.task)
-        if task is None or task.release is None or task.release_position is None or task.manifest is None:
-            return []
-        if task.release_position.digest != judging.digest:
-            return []
-        why = None if judged is None else refusal(self.quality, task.manifest.metric, judged)
-        if why is None:
-            return self._use(task, judged)
+        position = None if task is None else task.release_position
+        return task if position is not None and position.digest == judging.digest else None
+
+    def _refuse(self, task: Task, judging: Judging, why: str) -> list[Effect]:
+        assert task.release is not None  # it was judged
         task.refused = judging.digest
         return [RefuseRelease(task.name, task.release.number, why)]
 
@@ -1203,7 +1236,11 @@ class Participation:
         if self.judging is not None and message.id == self.judging.id:
             judging = self.judging
             self._warm_until = now.mono + self.idle_exit
-            return self._judged(judging, message if isinstance(message, Judged) else None)
+            if isinstance(message, Judged):
+                return self._judged(judging, message)
+            if isinstance(message, Failed):
+                return self._unjudged(judging, f"{message.reason}: {message.detail}", now)
+            return []
         work = self.work
         if work is None or message.id != work.id:
             return []  # of a job that was given up meanwhile

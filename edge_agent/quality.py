@@ -14,7 +14,7 @@ class Quality(Section, frozen=True):
 
     refuse: bool = False
     """Judge each release on the local hold-out, when the device is free to, and keep the one before if it is clearly
-    worse. Otherwise every release is in use as soon as it is accepted."""
+    worse or cannot be judged. Otherwise every release is in use as soon as it is accepted."""
     drop: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.05
     """What an accuracy may be lower by, as a share of one."""
     ratio: Annotated[float, Meta(ge=1.0, le=1e6)] = 1.25

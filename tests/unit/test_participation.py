@@ -1236,19 +1236,41 @@ def test_a_release_is_judged() -> None:
     assert "JudgeRelease" in kinds(bench.tell(core.ReleaseArrived("points", RECORDS.message(number=3))))
 
 
-def test_what_cannot_be_judged_is_used() -> None:
-    """A trainer that fails, dies or takes for ever says nothing against a release."""
-    for event in ("failed", "gone", None):
-        bench = judge()
-        (asked,) = judging(bench, RECORDS.message(number=1))
-        if event == "failed":
-            effects = bench.tell(core.TrainerTold(Failed(asked.id, "data", "none")))
-        elif event == "gone":
-            effects = bench.tell(core.TrainerGone("killed", "signal 9"))
-        else:
-            effects = bench.after(601)
-            assert "StopJudging" in kinds(effects)
-        assert "UseRelease" in kinds(effects)
+def fails(bench: Bench, asked: core.JudgeRelease, how: str) -> list[Effect]:
+    """The trainer cannot judge."""
+    if how == "failed":
+        return bench.tell(core.TrainerTold(Failed(asked.id, "data", "none")))
+    if how == "gone":
+        return bench.tell(core.TrainerGone("killed", "signal 9"))
+    return bench.after(601)
+
+
+@pytest.mark.parametrize(("how", "why"), [("failed", "data: none"), ("gone", "trainer_killed"), ("slow", "600 s")])
+def test_what_cannot_be_judged_is_not_used(how: str, why: str) -> None:
+    """A trainer that fails, dies or takes for ever is tried again now and then, and in the end that is told."""
+    bench = judge()
+    found = judging(bench, RECORDS.message(number=1))
+    for wait in (core.RETRY_FIRST, 2 * core.RETRY_FIRST):
+        (asked,) = found
+        effects = fails(bench, asked, how)
+        assert ("StopJudging" in kinds(effects)) is (how == "slow")
+        assert bench.machine.judging is None and not {"UseRelease", "RefuseRelease"} & set(kinds(effects))
+        assert "JudgeRelease" not in kinds(bench.after(wait - 5))
+        found = [each for each in bench.after(6) if isinstance(each, core.JudgeRelease)]
+    (refused,) = [each for each in fails(bench, found[0], how) if isinstance(each, core.RefuseRelease)]
+    assert refused.release == 1 and why in refused.why
+    assert not {"UseRelease", "JudgeRelease"} & set(kinds(bench.after(10 * core.RETRY_MAX)))
+    (next_one,) = judging(bench, RECORDS.message(number=2))
+    assert "UseRelease" in kinds(bench.tell(said(next_one.id, 1.0, 1.0)))
+
+
+def test_judged_at_last() -> None:
+    """A trainer that failed and then can judge has its word count."""
+    bench = judge()
+    (asked,) = judging(bench, RECORDS.message(number=1))
+    fails(bench, asked, "gone")
+    (asked,) = [each for each in bench.after(core.RETRY_FIRST + 1) if isinstance(each, core.JudgeRelease)]
+    assert "UseRelease" in kinds(bench.tell(said(asked.id, 1.0, 1.0)))
 
 
 def test_judging_waits_for_a_free_device() -> None:

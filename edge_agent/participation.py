@@ -256,6 +256,11 @@ class KeepJob:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepTrained:
+    """Store, durably, that a training ended now: the owner's spacing counts from here, also after a reboot."""
+
+
+@dataclass(frozen=True, slots=True)
 class DropJob:
     """A job is done, or will never be gone on with: forget it and its checkpoint."""
 
@@ -448,6 +453,7 @@ Effect = (
     | KeepOffer
     | Sense
     | KeepJob
+    | KeepTrained
     | DropJob
     | Train
     | FreezeTraining
@@ -652,8 +658,12 @@ class Participation:
         now: Instant,
         jobs: Iterable[LeftJob] = (),
         used: Mapping[str, bytes] | None = None,
+        trained: float | None = None,
     ) -> list[Effect]:
-        """Take up what an earlier process stored; before any event. `used`: the release in use of each task."""
+        """Take up what an earlier process stored; before any event.
+
+        `used` is the release in use of each task, `trained` the moment (UTC seconds) of the last KeepTrained.
+        """
         for task in tasks:
             self.tasks[task.name] = task
             for record in (task.manifest, task.release):
@@ -677,6 +687,10 @@ class Participation:
         for task in self.tasks.values():
             task.used = (used or {}).get(task.name)
             effects += self._use_at_once(task)
+        if trained is not None:
+            self.last_trained = now.mono - max(0.0, now.utc - trained)
+            # One that is yet to come was told by a clock that was ahead. It counts as now, and not anew at each start.
+            effects += [KeepTrained()] if trained > now.utc and self.policy.spacing else []
         return effects
 
     @property
@@ -957,7 +971,7 @@ class Participation:
             return effects
         job_id, busy = self.work.id, self.work.state == "training"
         effects.append(self._stop(why, kill=not busy))
-        self._rest(now, warm=busy)
+        effects += self._rest(now, warm=busy)
         return [*effects, DropJob(job_id), *self._gone()]
 
     def _make_room(self, name: str, now: Instant) -> list[Effect]:
@@ -1269,7 +1283,7 @@ class Participation:
         head, chunk_size = self._head(work, done)
         task.worked, task.failures = (manifest.version, work.offer.round), 0
         self._data[manifest.data.dataset] = (done.examples + done.holdout, "")
-        self._rest(now)
+        rest = self._rest(now)
         update = Update(
             work.id,
             work.task,
@@ -1281,7 +1295,7 @@ class Participation:
             chunk_size,
             manifest.expires,
         )
-        effects: list[Effect] = [TrainingFinished(work.task, work.offer.round, done), DropJob(work.id)]
+        effects: list[Effect] = [*rest, TrainingFinished(work.task, work.offer.round, done), DropJob(work.id)]
         effects += self.delivery.outdated(work.task, task.worked, manifest.plan.max_staleness)
         return effects + self.delivery.keep(update, now.mono)
 
@@ -1318,15 +1332,16 @@ class Participation:
         task.start_at = now.mono + retry
         if reason == "data" and task.manifest is not None:
             self._data[task.manifest.data.dataset] = (None, detail)
-        self._rest(now)
+        rest = self._rest(now)
         failed = TrainingFailed(work.id, work.task, work.offer.round, reason, detail, retry)
         # It is begun anew: what went wrong may lie in the checkpoint.
-        return [failed, DropJob(work.id), *self._gone()]
+        return [*rest, failed, DropJob(work.id), *self._gone()]
 
-    def _rest(self, now: Instant, warm: bool = True) -> None:
+    def _rest(self, now: Instant, warm: bool = True) -> list[Effect]:
         self.work, self.progress = None, None
         self.last_trained = now.mono
         self._warm_until = now.mono + self.idle_exit if warm else None
+        return [KeepTrained()] if self.policy.spacing else []
 
     def _stop(self, why: str, found: tuple[Obstacle, ...] = (), *, kill: bool) -> StopTraining:
         assert self.work is not None

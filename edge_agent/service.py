@@ -220,7 +220,9 @@ class Service:
                 updates.append(found)
         jobs = [_left(each) for each in self._store.jobs()]
         used = {model.task: model.digest for model in self._shelf.models()}
-        for effect in self._participation.restore(tasks, updates, now, jobs, used):
+        for effect in self._participation.restore(tasks, updates, now, jobs, used, self._store.trained()):
+            with contextlib.suppress(StorageError):  # what is to be kept here is kept better late than never
+                self._keep(effect)
             for event in self.perform(effect):
                 self.mailbox.post(event)
 
@@ -516,6 +518,8 @@ class Service:
                 self._store.keep_job(
                     KeptJob(1, job.id, job.task, list(job.position), job.release, job.context, job.seed)
                 )
+            case core.KeepTrained():
+                self._store.keep_trained(self._now().utc)
             case _:
                 pass
 
@@ -536,7 +540,7 @@ class Service:
                 pass
             case core.Sense():
                 yield core.Sensed(self._look(effect))
-            case core.KeepJob():
+            case core.KeepJob() | core.KeepTrained():
                 pass
             case core.DropJob(id=job_id):
                 self._store.drop_job(job_id)

@@ -4,13 +4,15 @@ One folder a task. Graphs, weights and signed records are files named by their s
 positions, is written last and replaced whole. So a crash at any point leaves the old state or the new one, never half.
 The weights of the release before stay until the next one: a rollback most often wants them.
 
-What a job is lies in `jobs/<id>` and its checkpoint in `jobs/<id>.checkpoint`, until it is done or dropped.
+What a job is lies in `jobs/<id>` and its checkpoint in `jobs/<id>.checkpoint`, until it is done or dropped. When a
+training ended last lies in `trained`, where the owner asks for spacing.
 
 Weights that come in chunks are gathered in `spool/<task>.<sha256>` and move to their place when they are whole; they
 are never in memory. Every method that writes raises StorageError when the disk refuses, and may be called again.
 """
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,6 +37,7 @@ _RESERVE = 16 << 20
 """Bytes that a download leaves free."""
 _FORGOTTEN = 30 * 86_400
 """Seconds after which a download that was not gone on with is nothing any more: its task is not offered."""
+_SMALL = 32
 _READ = 1 << 20
 """Bytes read at a time."""
 _JOB = "^[0-9a-f]{32}$"
@@ -105,7 +108,7 @@ class Store:
     def __init__(self, directory: Path) -> None:
         """Open or create it; ConfigError if that cannot be done."""
         self._tasks, self._spools, self.outbox = directory / "tasks", directory / "spool", directory / "outbox"
-        self._jobs = directory / "jobs"
+        self._jobs, self._trained = directory / "jobs", directory / "trained"
         try:
             for folder in (directory, self._tasks, self._spools, self.outbox, self._jobs):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -200,6 +203,23 @@ class Store:
                 if path.name not in known:
                     path.unlink()
         return [job for _, job in sorted(found, key=lambda each: each[0], reverse=True)]
+
+    # -- spacing --
+
+    def keep_trained(self, utc: float) -> None:
+        """Remember when a training ended, in UTC seconds."""
+        with _guarded(self._trained):
+            write_durably(self._trained, f"{int(utc)}\n".encode())
+
+    def trained(self) -> float | None:
+        """When one ended last; None: never. A record that is damaged is one of a moment that is yet to come."""
+        try:
+            digits = self._trained.read_bytes()[:_SMALL].strip()
+        except FileNotFoundError:
+            return None
+        except OSError:
+            return math.inf
+        return float(digits) if digits.isdigit() else math.inf
 
     # -- weights in chunks --
 

@@ -236,6 +236,28 @@ def test_what_was_accepted_is_on_disk(service: Service, tmp_path: Path) -> None:
     assert again._refused == {"rollback": 2}
 
 
+def test_spacing_counts_from_before_the_restart(service: Service) -> None:
+    """The end of the last training is on disk; a record that is damaged, or of a time to come, counts as now, once."""
+    file = service._config.device.state_dir / "trained"
+    assert service._participation.last_trained is None
+    service.commit([core.KeepTrained()])
+    policy = structs.replace(service._config.policy, spacing=3600.0)
+    config = structs.replace(service._config, policy=policy)
+
+    def since() -> float:
+        again = Service(config, read_clock())
+        assert again._participation.last_trained is not None
+        return read_clock().mono - again._participation.last_trained
+
+    assert since() < 60
+    file.write_text(f"{int(read_clock().utc) - 1000}\n")
+    assert 1000 <= since() < 1060
+    for text in (f"{int(read_clock().utc) + 10**6}\n", "", "x", "\u0663"):
+        file.write_text(text)
+        assert since() < 60
+        assert abs(int(file.read_text()) - read_clock().utc) < 60
+
+
 class Mended(threading.Event):
     """Where the owner waits for the disk: `act` is done meanwhile, and says whether the daemon is to end."""
 

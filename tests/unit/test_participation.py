@@ -1,6 +1,7 @@
 """The agent's machine: what it believes, when it trains, what it says."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -664,6 +665,31 @@ def test_a_failure_is_tried_again_ever_more_slowly() -> None:
         assert "Train" not in kinds(bench.after(failed.retry - 1))
         assert "Train" in kinds(bench.after(2))
     assert waits == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+
+
+def test_spacing_outlives_a_restart() -> None:
+    """The end of a training is kept where the owner asks for spacing, and counts by the wall clock later."""
+    spaced = changed(POLICY, spacing=3600.0)
+    bench = Bench()
+    bench.begin()
+    assert "KeepTrained" not in kinds(bench.done())
+    for end in ("done", "failed", "closed"):
+        bench = Bench()
+        bench.machine = dataclasses.replace(bench.machine, policy=spaced)
+        bench.begin()
+        if end == "done":
+            effects = bench.done()
+        elif end == "failed":
+            effects = bench.tell(core.TrainerGone("killed", "signal 9"))
+        else:
+            effects = bench.offer(sequence=1, state=OfferState.CLOSED)
+        assert kinds(effects).count("KeepTrained") == 1, end
+    for trained, since in ((NOW.utc - 100, 100.0), (NOW.utc - 10**6, 10.0**6), (NOW.utc + 10**6, 0.0), (math.inf, 0.0)):
+        again = dataclasses.replace(Bench().machine, policy=spaced)
+        kept = kinds(again.restore([], [], NOW, trained=trained))
+        assert again.last_trained == NOW.mono - since
+        # What a clock that was ahead has told must not begin anew at every start.
+        assert kept == (["KeepTrained"] if trained > NOW.utc else [])
 
 
 def test_a_job_that_takes_too_long_is_ended() -> None:

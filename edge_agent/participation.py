@@ -415,7 +415,7 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class ForgetTask:
-    """A task that has expired makes room for another."""
+    """A task that has expired makes room for another; its model in use stays where programs find it."""
 
     task: str
 

@@ -219,6 +219,7 @@ class Service:
             else:
                 updates.append(found)
         jobs = [_left(each) for each in self._store.jobs()]
+        self._shelf.prune({task.name for task in tasks})
         used = {model.task: model.digest for model in self._shelf.models()}
         for effect in self._participation.restore(tasks, updates, now, jobs, used, self._store.trained()):
             with contextlib.suppress(StorageError):  # what is to be kept here is kept better late than never
@@ -513,7 +514,7 @@ class Service:
                 self._store.keep_worked(update.task, update.position)
             case core.ForgetTask():
                 self._store.forget(effect.task)
-                self._shelf.drop(effect.task)
+                self._shelf.prune(self._participation.tasks.keys())
             case core.KeepJob(job=job):
                 self._store.keep_job(
                     KeptJob(1, job.id, job.task, list(job.position), job.release, job.context, job.seed)

@@ -5,14 +5,15 @@
         manifest.msgpack    layout and contract   model.json      what it is, for people and programs
 
 A reader opens the folder once and reads all from it, so that it never mixes two releases: edge_agent.local does. The
-folder of the release before is removed at the next change. It imports neither torch nor numpy and decides nothing.
+folder of the release before is removed at the next change. A model goes on answering when its task is not followed any
+more, but for the oldest of many such. It imports neither torch nor numpy and decides nothing.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from shared.messages import TaskManifest
 from shared.topics import is_name
 
 WEIGHTS, GRAPH, MANIFEST, ABOUT = "model.safetensors", "eval.graph", "manifest.msgpack", "model.json"
+UNFOLLOWED_MAX = 16
+"""Models of tasks that are not followed any more: programs may still use them, and the disk is the owner's."""
 _ABOUT_MAX = 1 << 16
 
 
@@ -100,11 +103,13 @@ class Shelf:
             raise StorageError.of(link, error) from None
         self._sweep(model.task, folder.name)
 
-    def drop(self, task: str) -> None:
-        """Take a task's model away."""
-        with contextlib.suppress(OSError):
-            self.path(task).unlink(missing_ok=True)
-        self._sweep(task, "")
+    def prune(self, followed: Collection[str]) -> None:
+        """Of the models of tasks that are not `followed` any more keep the newest UNFOLLOWED_MAX; the rest go."""
+        unfollowed = [model for model in self.models() if model.task not in followed]
+        for model in sorted(unfollowed, key=lambda each: each.since)[:-UNFOLLOWED_MAX]:
+            with contextlib.suppress(OSError):
+                self.path(model.task).unlink(missing_ok=True)
+            self._sweep(model.task, "")
 
     def models(self) -> list[Model]:
         """All that lie here and can be read, by name."""

@@ -215,6 +215,19 @@ def test_a_model_that_the_disk_refuses_is_put_into_use_later(service: Service, t
         shutil.rmtree(folder)
 
 
+def test_a_task_that_makes_room_goes_on_predicting(service: Service, tmp_path: Path) -> None:
+    """All that is kept of it goes, but for the model in use."""
+    keys = load_keys(tmp_path)
+    hand(service, task_release("points"), records.release(keys, records.manifest(keys, "points", 3)))
+    del service._participation.tasks["points"]
+    service.commit([core.ForgetTask("points")])
+    assert Store(tmp_path / "state").load() == []
+    again = Service(service._config, read_clock())
+    assert again._participation.tasks == {}
+    (model,) = Shelf(service._config.device.shelf, public=False).models()
+    assert model.task == "points" and service._shelf.path("points").joinpath("model.safetensors").exists()
+
+
 def test_what_was_accepted_is_on_disk(service: Service, tmp_path: Path) -> None:
     """Release and offer are stored with their positions, and older ones are refused by a process that starts anew."""
     keys = load_keys(tmp_path)

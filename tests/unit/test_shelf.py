@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,18 @@ def test_the_next_release(models: Shelf, parts: tuple[Path, Path]) -> None:
     os.close(opened)
     assert not old.exists() and models.models() == [model(3, "other"), model(2)]
     assert len(list(models.path("points").parent.iterdir())) == 4
-    models.drop("points")
-    assert models.models() == [model(3, "other")] and len(list(models.path("points").parent.iterdir())) == 2
+
+
+def test_tasks_that_are_not_followed_any_more(models: Shelf, parts: tuple[Path, Path]) -> None:
+    """Their models stay, until there are many: then the oldest go, and never one that is followed."""
+    names = [f"task-{number}" for number in range(shelf.UNFOLLOWED_MAX + 3)]
+    for age, name in enumerate(names):
+        models.put(replace(model(1, name), since=age), structs.replace(MANIFEST, task=name), *parts)
+    models.prune(names)
+    assert len(models.models()) == len(names)
+    models.prune(names[:1])
+    assert {each.task for each in models.models()} == {names[0], *names[3:]}
+    assert len(list(models.path("points").parent.iterdir())) == 2 * (1 + shelf.UNFOLLOWED_MAX)
 
 
 def test_the_same_release_again(models: Shelf, parts: tuple[Path, Path]) -> None:

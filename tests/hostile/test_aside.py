@@ -1,10 +1,15 @@
-"""A device whose owner needs it, or that is switched off, in the middle of a training: the work is not lost."""
+"""A device whose owner needs it, or that is switched off, in the middle of a training: the work is not lost.
+
+And what its owner allows the trainer is what the trainer gets.
+"""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,12 +68,25 @@ def field(fleet: Fleet, broker: Broker, house: House, tmp_path: Path) -> Iterato
         made.daemon.read()
 
 
-def begin(field: Field, steps: int) -> tuple[int, RoundOffer]:
-    """A round whose training takes a while is being trained: the trainer's process id, and the offer."""
-    start = len(field.daemon.lines)
+def again(field: Field, monkeypatch: pytest.MonkeyPatch, **settings: object) -> None:
+    """The agent starts anew with other settings, which are named SECTION__NAME."""
+    for name, value in settings.items():
+        monkeypatch.setenv(f"FIELDFARE_{name}", str(value))
+    assert field.daemon.stop() == 0
+    field.start()
+
+
+def ask_for(field: Field, steps: int) -> RoundOffer:
+    """A round whose training takes a while."""
     training = Training(optimizer=Sgd(lr=0.001, momentum=0.9), batch_size=8, steps=steps)
     field.task("t", data=DataContract(dataset="d", inputs=[INPUT], target=TARGET, min_examples=1), training=training)
-    offer = field.offer("t")
+    return field.offer("t")
+
+
+def begin(field: Field, steps: int) -> tuple[int, RoundOffer]:
+    """Such a round is being trained: the trainer's process id, and the offer."""
+    start = len(field.daemon.lines)
+    offer = ask_for(field, steps)
     field.daemon.wait("training.started", start, task="t")
     trainer: int = field.daemon.wait("trainer.started", start)["pid"]
     until(lambda: ((field.asked()["training"] or {}).get("step") or 0) > 20 or None, "some steps")
@@ -141,9 +159,7 @@ def test_paused_by_its_owner(field: Field) -> None:
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_switched_off(field: Field, monkeypatch: pytest.MonkeyPatch, end: signal.Signals) -> None:
     """A device that is shut down, or loses its power, in mid-training goes on with the same job when it is back."""
-    monkeypatch.setenv("FIELDFARE_TRAINER__CHECKPOINT", "0.2")
-    field.daemon.stop()
-    field.start()
+    again(field, monkeypatch, TRAINER__CHECKPOINT=0.2)
     steps = 8_000
     trainer, offer = begin(field, steps)
     (job,) = [path for path in (field.state / "jobs").iterdir() if path.suffix != ".checkpoint"]
@@ -166,9 +182,7 @@ def test_switched_off(field: Field, monkeypatch: pytest.MonkeyPatch, end: signal
 
 def test_a_worse_release_is_refused(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its owner asks for that, the model in use stays when the trainer finds the next one clearly worse here."""
-    monkeypatch.setenv("FIELDFARE_LOCAL__REFUSE", "true")
-    field.daemon.stop()
-    field.start()
+    again(field, monkeypatch, LOCAL__REFUSE="true")
     contract = DataContract(dataset="d", inputs=[INPUT], target=TARGET, min_examples=1)
     training = Training(optimizer=Sgd(lr=0.01), batch_size=8, epochs=1, holdout=0.5)
     start = len(field.daemon.lines)
@@ -185,3 +199,111 @@ def test_a_worse_release_is_refused(field: Field, monkeypatch: pytest.MonkeyPatc
     refused = field.daemon.wait("model.refused", start, task="q", release=2)
     assert "local.ratio" in refused["why"]
     assert json.loads((field.state / "models" / "q" / "model.json").read_text())["release"] == 1
+
+
+ENDLESS = 10_000_000
+"""Steps."""
+
+
+def constraint(field: Field, name: str) -> dict[str, Any]:
+    """What `edge-agent why` says of one, after a look."""
+    judged = control.ask(field._run, control.Request("why"))["constraints"]
+    return next(each for each in judged if each["name"] == name)
+
+
+def test_a_budget_that_is_spent(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The running trainer's CPU time is counted: it leaves in the middle, and a restart in order gives nothing back."""
+    budget = 4.0
+    again(field, monkeypatch, POLICY__CPU_BUDGET=budget, TRAINER__SCHEDULING="normal", TRAINER__NICE=0)
+    start = len(field.daemon.lines)
+    offer = ask_for(field, ENDLESS)
+    field.daemon.wait("training.left", start, task="t")
+    assert [each["name"] for each in field.asked()["obstacles"]] == ["budget"]
+    assert field.daemon.stop() == 0
+    # A crash would have cost up to 30 s more.
+    assert budget <= json.loads((field.state / "budget.json").read_text())["seconds"] < budget + 15
+    start = len(field.daemon.read())
+    field.start()
+    field.publish("models/t/round", field.signed(offer))
+    found = constraint(field, "budget")
+    assert found["verdict"] == "unmet" and budget <= found["value"] < budget + 15
+    field.fence()
+    assert not [line for line in field.daemon.read()[start:] if line["event"] == "training.started"]
+
+
+def test_the_trainer_takes_what_nobody_else_wants(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As configured: the idle class by default, or niceness alone, and so much memory."""
+    trainer, _ = begin(field, ENDLESS)
+    assert os.sched_getscheduler(trainer) == os.SCHED_IDLE
+    again(field, monkeypatch, TRAINER__SCHEDULING="normal", TRAINER__NICE=7, TRAINER__MEMORY_MAX=900 << 20)
+    start = len(field.daemon.lines)
+    field.offer("t", 2)
+    trainer = field.daemon.wait("trainer.started", start)["pid"]
+    limited = Path(f"/proc/{trainer}/oom_score_adj")  # written last
+    until(lambda: limited.read_text() == "500\n" or None, "the limits")
+    assert os.sched_getscheduler(trainer) == os.SCHED_OTHER
+    assert os.getpriority(os.PRIO_PROCESS, trainer) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 7)
+    limits = Path(f"/proc/{trainer}/limits").read_text().splitlines()
+    (line,) = [each.split() for each in limits if each.startswith("Max data size")]
+    assert line[-3:-1] == [str(900 << 20)] * 2
+
+
+class Kernel:
+    """What a kernel tells of CPU time, in clock ticks, and a unit's control group to which it delegates, as files."""
+
+    def __init__(self, proc: Path, sys: Path) -> None:
+        self.proc, self.unit = proc, sys / "fs/cgroup/system.slice/edge-agent.service"
+        (self.unit / "trainer").mkdir(parents=True)
+        (self.unit / "agent").mkdir()
+        for name in ("cgroup.procs", "cgroup.subtree_control", "agent/cgroup.procs", "trainer/memory.max"):
+            (self.unit / name).write_text("")
+        self.write("self/cgroup", "0::/system.slice/edge-agent.service")
+
+    def write(self, name: str, text: str) -> None:
+        """A file of /proc, replaced at once."""
+        file = self.proc / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(".new")
+        fresh.write_text(text + "\n")
+        fresh.replace(file)
+
+    def process(self, pid: int, ticks: int) -> None:
+        """A process that has used so much."""
+        self.write(f"{pid}/stat", f"{pid} (python) S" + " 0" * 10 + f" {ticks} 0 0 0" + " 0" * 30)
+
+    def cpus(self, busy: int, idle: int) -> None:
+        """All CPUs together."""
+        self.write("stat", f"cpu  {busy} 0 0 {idle} 0 0 0 0 0 0")
+
+
+def test_our_own_trainer_is_no_load(field: Field, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has used half of the CPUs, others nothing: that is what counts, and training goes on."""
+    kernel = Kernel(tmp_path / "proc", tmp_path / "sys")
+    again(field, monkeypatch, DEVICE__PROC_ROOT=kernel.proc, POLICY__CPU_OTHERS=40)
+    trainer, _ = begin(field, ENDLESS)
+    for pid in (field.daemon.pid, trainer):
+        kernel.process(pid, 0)
+    kernel.cpus(busy=1000, idle=1000)
+    assert constraint(field, "cpu")["value"] is None  # a first look compares with nothing
+    kernel.process(trainer, 2000)
+    kernel.cpus(busy=3000, idle=3000)
+    assert constraint(field, "cpu")["value"] == 0.0
+    kernel.process(trainer, 4000)
+    kernel.cpus(busy=6000, idle=3000)
+    assert 0.0 < constraint(field, "cpu")["value"] < 40.0
+    assert field.asked()["state"] == "training"
+
+
+def test_its_group_is_bounded(field: Field, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started as a service with its group delegated, the agent gives the trainer's group the owner's limit."""
+    kernel = Kernel(tmp_path / "proc", tmp_path / "sys")
+    monkeypatch.setenv("INVOCATION_ID", "0123")
+    again(field, monkeypatch, DEVICE__PROC_ROOT=kernel.proc, TRAINER__MEMORY_MAX=900 << 20)
+    assert (kernel.unit / "agent/cgroup.procs").read_text() == str(field.daemon.pid)
+    assert (kernel.unit / "trainer/memory.max").read_text() == str(900 << 20)
+    assert field.asked()["sandbox"]["delegated"] is True
+
+
+def test_the_kernel_is_asked_to_wake_it(field: Field) -> None:
+    """Where it grants what the policy is about, which here is nothing, an idle agent does not look by the clock."""
+    assert field.asked()["sensing"] == "by pressure triggers"

@@ -14,9 +14,11 @@ from shared.errors import Reason, RemoteProtocolError
 from shared.messages import (
     DataContract,
     Digest,
+    First,
     Label,
     Metric,
     Metrics,
+    Name,
     NotBelow,
     Positive,
     TensorSpec,
@@ -73,6 +75,22 @@ class Job(Wire, frozen=True, tag="job"):
     """Where checkpoints of this job are written, and one that is there already is gone on from."""
     checkpoint_every: Annotated[float, Meta(ge=0.0, le=604_800.0)] = 0.0
     """Seconds between two checkpoints; 0: only when it is suspended."""
+
+
+class LeftJob(Wire, frozen=True):
+    """All that makes a job the same one when it is gone on with, as the agent keeps it on disk; no message."""
+
+    v: First
+    id: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    """Its report's."""
+    task: Name
+    position: tuple[Uint, Uint]
+    """(manifest version, round)."""
+    release: Digest
+    """Of the release it trains from."""
+    context: Annotated[bytes, Meta(min_length=1, max_length=4096)]
+    """As in Job."""
+    seed: Uint
 
 
 class Judge(Wire, frozen=True, tag="judge"):

@@ -31,7 +31,7 @@ from edge_agent.delivery import Delivery, DropUpdate, Update
 from edge_agent.delivery import Effect as DeliveryEffect
 from edge_agent.download import Coming, Downloads
 from edge_agent.eligibility import PASSING, DataFacts, DeviceFacts, Gatekeeper, Obstacle, Policy, obstacles
-from edge_agent.jobs import Done, Failed, Judged, Progress, Suspended, Word
+from edge_agent.jobs import Done, Failed, Judged, LeftJob, Progress, Suspended, Word
 from edge_agent.quality import Quality, refusal
 from shared import chunks, signing, trust, wire
 from shared.errors import Reason, RemoteProtocolError
@@ -252,7 +252,7 @@ class Sense:
 class KeepJob:
     """Store what a job is, durably, before it begins: with its checkpoint it can be gone on with after a reboot."""
 
-    job: "LeftJob"
+    job: LeftJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -538,20 +538,6 @@ class Judging:
     task: str
     digest: bytes
     deadline: float
-
-
-@dataclass(frozen=True, slots=True)
-class LeftJob:
-    """All that makes a job the same one when it is gone on with."""
-
-    id: str
-    task: str
-    position: tuple[int, int]
-    """(manifest version, round)."""
-    release: bytes
-    """Digest of the release it trains from."""
-    context: bytes
-    seed: int
 
 
 @dataclass
@@ -1164,7 +1150,7 @@ class Participation:
             )
         )
         seed = int.from_bytes(self.random(8), "big") >> 1
-        return LeftJob(report.hex(), task.name, position, offer.release, context, seed)
+        return LeftJob(1, report.hex(), task.name, position, offer.release, context, seed)
 
     # -- the model in use --
 

@@ -35,7 +35,7 @@ from edge_agent.sandbox import Sandbox
 from edge_agent.schedule import Schedule, WindowEdge
 from edge_agent.sensors import Sensors
 from edge_agent.shelf import Model, Shelf
-from edge_agent.store import Kept, KeptJob, Store
+from edge_agent.store import Kept, Store
 from shared import chunks, identity, logs, wire
 from shared.control import ControlRequest, Reply
 from shared.driver import Driver, Mailbox, on_termination, read_clock
@@ -218,10 +218,9 @@ class Service:
                 self._drop_update(delivery.DropUpdate(found, "task_forgotten"))
             else:
                 updates.append(found)
-        jobs = [_left(each) for each in self._store.jobs()]
         self._shelf.prune({task.name for task in tasks})
         used = {model.task: model.digest for model in self._shelf.models()}
-        for effect in self._participation.restore(tasks, updates, now, jobs, used, self._store.trained()):
+        for effect in self._participation.restore(tasks, updates, now, self._store.jobs(), used, self._store.trained()):
             with contextlib.suppress(StorageError):  # what is to be kept here is kept better late than never
                 self._keep(effect)
             for event in self.perform(effect):
@@ -516,9 +515,7 @@ class Service:
                 self._store.forget(effect.task)
                 self._shelf.prune(self._participation.tasks.keys())
             case core.KeepJob(job=job):
-                self._store.keep_job(
-                    KeptJob(1, job.id, job.task, list(job.position), job.release, job.context, job.seed)
-                )
+                self._store.keep_job(job)
             case core.KeepTrained():
                 self._store.keep_trained(self._now().utc)
             case _:
@@ -1031,11 +1028,6 @@ def restored(kept: Kept, trust: Trust, now: float) -> Task | None:
         task.release = wire.unpack(kept.release.payload, Release)
         task.manifest_signed, task.manifest = kept.manifest, manifest
     return task
-
-
-def _left(kept: KeptJob) -> core.LeftJob:
-    position = (kept.position[0], kept.position[1])
-    return core.LeftJob(kept.id, kept.task, position, kept.release, kept.context, kept.seed)
 
 
 def _shown(task: Task, datasets: frozenset[str]) -> dict[str, object]:

@@ -24,10 +24,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, structs
 
+from edge_agent.jobs import LeftJob
 from shared import wire
 from shared.errors import ConfigError, RemoteProtocolError, StorageError
 from shared.files import write_durably
-from shared.messages import BlobRef, Digest, First, Name, Release, ReleaseMessage, Signed, TaskManifest, Uint, Wire
+from shared.messages import BlobRef, Digest, First, Release, ReleaseMessage, Signed, TaskManifest, Uint, Wire
 from shared.spool import Spool
 from shared.topics import is_name
 from shared.trust import Position
@@ -40,7 +41,6 @@ _FORGOTTEN = 30 * 86_400
 _SMALL = 32
 _READ = 1 << 20
 """Bytes read at a time."""
-_JOB = "^[0-9a-f]{32}$"
 
 
 class Rank(Wire, frozen=True):
@@ -63,18 +63,6 @@ class TaskState(Wire, frozen=True):
     manifest_position: Rank | None = None
     offer_position: Rank | None = None
     worked: Annotated[list[Uint], Meta(min_length=2, max_length=2)] = msgspec.field(default_factory=lambda: [0, 0])
-
-
-class KeptJob(Wire, frozen=True):
-    """A job that has begun, as stored: edge_agent.participation.LeftJob."""
-
-    v: First
-    id: Annotated[str, Meta(pattern=_JOB)]
-    task: Name
-    position: Annotated[list[Uint], Meta(min_length=2, max_length=2)]
-    release: Digest
-    context: Annotated[bytes, Meta(min_length=1, max_length=4096)]
-    seed: Uint
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +162,7 @@ class Store:
 
     # -- jobs --
 
-    def keep_job(self, job: KeptJob) -> None:
+    def keep_job(self, job: LeftJob) -> None:
         """Remember what a job is before it begins."""
         with _guarded(self._jobs):
             write_durably(self._jobs / job.id, wire.pack(job))
@@ -189,14 +177,14 @@ class Store:
         """Where the trainer keeps this job's checkpoint."""
         return self._jobs / f"{id}.checkpoint"
 
-    def jobs(self) -> list[KeptJob]:
+    def jobs(self) -> list[LeftJob]:
         """The jobs that were begun and never dropped, newest first; what belongs to none of them is deleted."""
-        found: list[tuple[int, KeptJob]] = []
+        found: list[tuple[int, LeftJob]] = []
         with contextlib.suppress(OSError):
             for path in self._jobs.iterdir():
                 with contextlib.suppress(RemoteProtocolError, OSError):
                     if path.suffix != ".checkpoint":
-                        job = wire.unpack(path.read_bytes(), KeptJob, _STATE_MAX)
+                        job = wire.unpack(path.read_bytes(), LeftJob, _STATE_MAX)
                         found += [(path.stat().st_mtime_ns, job)] if job.id == path.name else []
             known = {name for _, job in found for name in (job.id, self.checkpoint(job.id).name)}
             for path in list(self._jobs.iterdir()):

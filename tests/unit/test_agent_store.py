@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent import store as module
+from edge_agent.jobs import LeftJob
 from edge_agent.store import Kept, Rank, Store, TaskState
 from shared import chunks, signing, wire
 from shared.errors import ConfigError, StorageError
@@ -436,3 +437,21 @@ def test_a_state_of_the_first_release_is_read(tmp_path: Path) -> None:
     (found,) = Store(tmp_path).load()
     assert found.release_position == Position((3, 7), b"R" * 32)
     assert (found.offer_position, found.worked) == (Position((3, 8, 1), b"O" * 32), (3, 7))
+
+
+def test_jobs_that_were_begun(tmp_path: Path) -> None:
+    """They read back as they were, newest first, until they are dropped; what belongs to none of them is deleted."""
+    store = Store(tmp_path)
+    older, newer = (LeftJob(1, digit * 32, "points", (1, 2), bytes(32), b"context", 7) for digit in "ab")
+    for moment, job in enumerate((older, newer)):
+        store.keep_job(job)
+        os.utime(tmp_path / "jobs" / job.id, (moment, moment))
+        store.checkpoint(job.id).write_bytes(b"checkpoint")
+    stranger, damaged = "c" * 32, "d" * 32
+    store.checkpoint(stranger).write_bytes(b"checkpoint")
+    (tmp_path / "jobs" / damaged).write_bytes(wire.pack(older))  # under another's name
+    assert Store(tmp_path).jobs() == [newer, older]
+    assert {path.name[0] for path in (tmp_path / "jobs").iterdir()} == {"a", "b"}
+    store.drop_job(newer.id)
+    assert Store(tmp_path).jobs() == [older] and store.checkpoint(older.id).exists()
+    assert not store.checkpoint(newer.id).exists()

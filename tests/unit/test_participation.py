@@ -492,7 +492,9 @@ def test_the_daemon_ends_in_the_middle() -> None:
     task = bench.machine.tasks["points"]
     task = replace(task, offer=None, waiting_offer=None)
     used = {"points": task.used or b""}
-    assert again.machine.restore([task], [], NOW, [job, replace(job, id="older")], used) == [core.DropJob("older")]
+    assert again.machine.restore([task], [], NOW, [job, structs.replace(job, id="older")], used) == [
+        core.DropJob("older")
+    ]
     again.tell(core.Connected(), Tick())
     (train,) = [each for each in again.offer(sequence=1) if isinstance(each, core.Train)]
     assert (train.id, train.seed, train.context, train.again) == (job.id, job.seed, job.context, True)
@@ -535,7 +537,7 @@ def test_jobs_that_no_longer_count() -> None:
     ]
     for changes, moment, settled in cases:
         tasks = [replace(task, settled=settled)]
-        jobs = [replace(job, **changes)]
+        jobs = [structs.replace(job, **changes)]
         assert Bench().machine.restore(tasks, [], moment, jobs, used) == [core.DropJob(job.id)]
     assert Bench().machine.restore([replace(task)], [], NOW, [job], used) == []
 

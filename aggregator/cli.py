@@ -130,6 +130,13 @@ def _registrar_run(options: argparse.Namespace) -> int:
     return Exit.OK
 
 
+def _registrar_migrate(options: argparse.Namespace) -> int:
+    from shared import config, migration
+
+    show(config.migrate(options.config, migration.REGISTRAR), options.json)
+    return Exit.OK
+
+
 def _broker_render(options: argparse.Namespace) -> int:
     from aggregator import ca
 
@@ -154,7 +161,7 @@ def _broker_render(options: argparse.Namespace) -> int:
     )
     print(f"  cp -r {out}/systemd/. /etc/systemd/system/ && systemctl daemon-reload")
     if options.crl is not None:
-        print("  systemctl enable --now fieldfare-crl.path")
+        print(f"  systemctl enable --now fieldfare-crl.path   # after the registrar, which makes {options.crl}")
     print("  systemctl restart mosquitto")
     return Exit.OK
 
@@ -961,6 +968,7 @@ def _parser() -> Parser:
         "aggregator registrar run --config registrar/registrar.toml",
     )  # fmt: skip
     _add_registrar(one)
+    cli.add_migrate(registrar, _registrar_migrate, _add_registrar)
 
     release = _group(groups, "release", "build, check and publish models")
     one = cli.add_command(

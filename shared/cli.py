@@ -116,7 +116,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_migrate(
     group: "argparse._SubParsersAction[Parser]", command: Command, add_config: Callable[[Parser], None]
 ) -> None:
-    """`config migrate`, the same in both commands."""
+    """`migrate`, the same for every daemon."""
     one = add_command(
         group,
         "migrate",

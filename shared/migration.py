@@ -1,6 +1,6 @@
 """Settings that got new names: rewrites a configuration of an earlier version, comments and order kept. Pure.
 
-RENAMES of the agent and of the aggregator list every rename that there ever was; a file says by its keys how old it is,
+The lists of the daemons hold every rename that there ever was; a file says by its keys how old it is,
 so one that is new already is left alone. What a line of text cannot be made of (a key inside an inline table, a table
 that moved) is refused with what to do by hand; nothing is ever lost or guessed.
 """
@@ -16,6 +16,8 @@ AGENT: tuple[tuple[str, str], ...] = ()
 """(old, new) dotted keys of agent.toml, oldest first. Both are in one table: only the last part differs."""
 AGGREGATOR: tuple[tuple[str, str], ...] = ()
 """The same of aggregator.toml."""
+REGISTRAR: tuple[tuple[str, str], ...] = ()
+"""The same of registrar.toml."""
 
 _KEY = re.compile(r"^(?P<space>\s*)(?P<key>[A-Za-z0-9_-]+)(?P<rest>\s*=.*)$", re.DOTALL)
 

@@ -188,12 +188,17 @@ def test_device_trains_and_reports(field: Machine, tmp_path: Path) -> None:
     assert "clouds release" in field.show("edge-agent", "StatusText")
 
 
-def newer(package: Path, folder: Path) -> Path:
-    """The same package with a higher revision."""
+def newer(package: Path, folder: Path, renames: str = "", revision: int = 99) -> Path:
+    """The same package with a higher revision, and settings of the agent's that it renames."""
     subprocess.run(["dpkg-deb", "-R", package, folder / "tree"], check=True)
     control = folder / "tree/DEBIAN/control"
-    text = re.sub(r"(?m)^Version: (.*)-\d+$", r"Version: \1-99", control.read_text())
+    text = re.sub(r"(?m)^Version: (.*)-\d+$", rf"Version: \1-{revision}", control.read_text())
     control.write_text(text)
+    if renames:
+        (migration,) = (folder / "tree").glob("usr/lib/*/lib/python3*/site-packages/shared/migration.py")
+        before = migration.read_text()
+        migration.write_text(re.sub(r"(?m)^(AGENT: .*) = \(\)$", rf"\1 = {renames}", before))
+        assert migration.read_text() != before
     made = folder / f"{package.name.split('_')[0]}_new.deb"
     subprocess.run(
         ["dpkg-deb", "-Znone", "--root-owner-group", "-b", folder / "tree", made], check=True, stdout=subprocess.DEVNULL
@@ -223,6 +228,17 @@ def test_upgrade_keeps_state(field: Machine, packages: Packages, tmp_path: Path)
     assert field.shell(kept) == before
     field.run("systemctl", "start", "edge-agent")
     field.run("edge-agent", "resume")
+
+
+def test_upgrade_renames_settings(field: Machine, packages: Packages, tmp_path: Path) -> None:
+    """A setting that the new version calls otherwise has its new name afterwards, comment and all, and is heeded."""
+    file = "/etc/fieldfare/agent.toml.d/zz.toml"
+    field.write(file, "[policy]\nrest = 7.0  # seconds\n")
+    packages.install(field, newer(packages.agent, tmp_path, '(("policy.rest", "policy.spacing"),)', 100))
+    assert field.read(file) == "[policy]\nspacing = 7.0  # seconds\n"
+    assert json.loads(field.run("edge-agent", "config", "check", "--json").stdout)["policy"]["spacing"] == 7.0
+    until(lambda: field.show("edge-agent", "ActiveState") == "active" or None, "the agent")
+    field.run("rm", file)
 
 
 def test_wrong_configuration(field: Machine) -> None:

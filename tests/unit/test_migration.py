@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.config import AggregatorConfig
+from aggregator.config import AggregatorConfig, RegistrarConfig
 from edge_agent.config import AgentConfig
 from shared import migration
 from shared.errors import ConfigError
@@ -70,7 +70,12 @@ def test_only_names_change(values: dict[str, int], between: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("renames", "kind"), [(migration.AGENT, AgentConfig), (migration.AGGREGATOR, AggregatorConfig)]
+    ("renames", "kind"),
+    [
+        (migration.AGENT, AgentConfig),
+        (migration.AGGREGATOR, AggregatorConfig),
+        (migration.REGISTRAR, RegistrarConfig),
+    ],
 )
 def test_listed_renames_lead_to_settings_that_exist(renames: tuple[tuple[str, str], ...], kind: type) -> None:
     """What a rename ends in is a setting of today, what it begins with is none, and both are in one table."""

@@ -23,7 +23,7 @@ from edge_agent.jobs import Cancel, Job, Judge, Order, Suspend, Word
 from edge_agent.sandbox import Sandbox
 from shared.errors import RemoteProtocolError, TrainingError
 
-Cause = Literal["stopped", "exited", "crashed", "killed", "garbled"]
+Cause = Literal["stopped", "exited", "crashed", "killed", "out_of_memory", "garbled"]
 
 _LINE_MAX = 1_000
 _PASSED_ON: Final = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
@@ -65,7 +65,8 @@ class TrainerExited:
     """The child is gone, and everything of its process group with it.
 
     stopped: we ended it. exited: by itself, in order. crashed: an error of ours, or a signal. killed: SIGKILL that we
-    did not send, which is how the kernel ends what is out of memory. garbled: it broke the protocol, so we killed it.
+    did not send. out_of_memory: the same, and its control group says it was for want of memory. garbled: it broke
+    the protocol, so we killed it.
     """
 
     pid: int
@@ -172,12 +173,14 @@ class _Child:
         self.stopping = self._killed = self._garbled = False
         self._ended = threading.Event()
         self.frozen = False
+        self._oom_kills = 0
         self.orders: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         command = [settings.python, "-P", "-m", "edge_agent.confined"]
         options = [f"--parent={os.getpid()}", f"--memory-max={settings.memory_max}", f"--nice={settings.nice}"]
         options += ["--idle"] if settings.idle else []
         if sandbox is not None:
             sandbox.freeze(False)  # one that was killed while it was frozen left the group so
+            self._oom_kills = sandbox.oom_kills
             options.append(f"--cgroup={sandbox.trainer}")
         try:
             self._process = subprocess.Popen(
@@ -293,7 +296,10 @@ class _Child:
             return "stopped"
         if code == 0:
             return "exited"
-        return "killed" if number == signal.SIGKILL else "crashed"
+        if number != signal.SIGKILL:
+            return "crashed"
+        starved = self._sandbox is not None and self._sandbox.oom_kills > self._oom_kills
+        return "out_of_memory" if starved else "killed"
 
 
 def _thread(run: Callable[[], None]) -> threading.Thread:

@@ -777,12 +777,12 @@ class Participation:
             case TrainerGone(cause=cause, detail=detail):
                 self._warm_until = None
                 if self.judging is not None:
-                    return self._unjudged(self.judging, f"trainer_{cause}: {detail}", now)
+                    return self._unjudged(self.judging, f"{_gone_for(cause)}: {detail}", now)
                 if self.work is None:
                     return []
                 if self.work.left_by is not None:
                     return self._has_left(self.work, False)
-                return self._failed(f"trainer_{cause}", detail, now)
+                return self._failed(_gone_for(cause), detail, now)
             case ShelfFailed(effect=effect):
                 task = self.tasks.get(effect.manifest.task)
                 position = None if task is None else task.release_position
@@ -1376,3 +1376,8 @@ def status(said: PublishStatus, session: bytes, now: float) -> DeviceStatus:
         datasets=list(said.datasets),
         sent=int(now),
     )
+
+
+def _gone_for(cause: str) -> str:
+    """Why a training failed whose trainer ended for `cause`: where it ran out of memory, no matter who noticed."""
+    return cause if cause == "out_of_memory" else f"trainer_{cause}"

@@ -69,6 +69,15 @@ class Sandbox:
             return False
 
     @property
+    def oom_kills(self) -> int:
+        """Processes of the trainer's group that the kernel has ended for want of memory; 0 where it does not say."""
+        try:
+            lines = (self.trainer / "memory.events").read_text().splitlines()
+            return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+        except (OSError, IndexError, ValueError):
+            return 0
+
+    @property
     def freezes(self) -> bool:
         """Whether the kernel can freeze the group."""
         return (self.trainer / "cgroup.freeze").exists()

@@ -247,6 +247,22 @@ def test_a_group_that_it_is_not_in(tmp_path: Path) -> None:
         end(owner)
 
 
+@pytest.mark.parametrize(("after", "cause"), [(2, "killed"), (3, "out_of_memory")])
+def test_ended_by_the_kernel_for_want_of_memory(tmp_path: Path, after: int, cause: str) -> None:
+    """Its group's count tells whether it was that: one that ended so before does not count."""
+    events = tmp_path / "trainer" / "memory.events"
+    events.parent.mkdir()
+    events.write_text("low 0\nhigh 9\nmax 9\noom 2\noom_kill 2\n")
+    owner = Owner(Settings(), Sandbox(tmp_path))
+    try:
+        pid = owner.trainer.start()
+        events.write_text(f"low 0\nhigh 9\nmax 9\noom 3\noom_kill {after}\n")
+        os.kill(pid, signal.SIGKILL)
+        assert owner.exited().cause == cause
+    finally:
+        end(owner)
+
+
 def test_suspended_in_training(warm: Owner, job: Job, tmp_path: Path) -> None:
     """A job that is left in the middle has a checkpoint, even if the child stood still; it is warm for the next."""
     left = msgspec.structs.replace(endless(job), id="left", checkpoint=str(tmp_path / "checkpoint"))

@@ -669,6 +669,17 @@ def test_a_failure_is_tried_again_ever_more_slowly() -> None:
     assert waits == [60, 120, 240, 480, 960, 1920, 3600, 3600]
 
 
+@pytest.mark.parametrize(("cause", "reason"), [("killed", "trainer_killed"), ("out_of_memory", "out_of_memory")])
+def test_why_a_trainer_is_gone(cause: str, reason: str) -> None:
+    """Want of memory is one reason, whether the trainer or the kernel noticed it."""
+    bench = Bench()
+    bench.begin()
+    (failed,) = [
+        each for each in bench.tell(core.TrainerGone(cause, "signal 9")) if isinstance(each, core.TrainingFailed)
+    ]
+    assert failed.reason == reason
+
+
 def test_spacing_outlives_a_restart() -> None:
     """The end of a training is kept where the owner asks for spacing, and counts by the wall clock later."""
     spaced = changed(POLICY, spacing=3600.0)

@@ -902,7 +902,7 @@ def _parser() -> Parser:
     )  # fmt: skip
     one.add_argument("--name", help="the device's name; or a pattern with * that its name must match (default: any "
                      "name that is free)")  # fmt: skip
-    one.add_argument("--for", dest="seconds", type=_duration, default=86_400, metavar="TIME",
+    one.add_argument("--for", dest="seconds", type=cli.duration, default=86_400, metavar="TIME",
                      help="how long it works: a number with s, m, h or d (default: 24h)")  # fmt: skip
     one.add_argument("--label", action="append", default=[], metavar="KEY=VALUE",
                      help="a label that the device gets; may be repeated")  # fmt: skip
@@ -1203,13 +1203,6 @@ def _add_config(parser: Parser) -> None:
 def _add_registrar(parser: Parser) -> None:
     parser.add_argument("--config", type=Path, default=Path("/etc/fieldfare/registrar.toml"), metavar="FILE",
                         help="the registrar's configuration (default: %(default)s)")  # fmt: skip
-
-
-def _duration(text: str) -> int:
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-    if text[-1:] not in units:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number with s, m, h or d, such as 24h")
-    return _whole(text[:-1], 1, 366 * 86_400 // units[text[-1]]) * units[text[-1]]
 
 
 def _port(text: str) -> int:

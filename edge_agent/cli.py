@@ -5,7 +5,6 @@ Each command imports what it needs when it runs. Nothing is decided here beyond 
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +18,6 @@ if TYPE_CHECKING:
     from edge_agent.install import Trainer
 
 DEFAULT_CONFIG = Path("/etc/fieldfare/agent.toml")
-PAUSE_MAX = 365 * 86_400.0
-"""Seconds."""
-
-_DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -363,7 +357,7 @@ def _parser() -> Parser:
     one.add_argument(
         "--for",
         dest="seconds",
-        type=_duration,
+        type=cli.duration,
         metavar="TIME",
         help="for so long, such as 90s, 30m, 2h, 1d (default: until `edge-agent resume`)",
     )
@@ -490,14 +484,6 @@ def _add_config(parser: Parser) -> None:
         metavar="FILE",
         help="the agent's configuration (default: %(default)s)",
     )
-
-
-def _duration(text: str) -> float:
-    found = _DURATION.fullmatch(text)
-    seconds = float(int(found[1]) * _UNITS[found[2]]) if found else 0.0
-    if not 0 < seconds <= PAUSE_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90s, 30m, 2h or 1d, at most 365d")
-    return seconds
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ It never reads a setting, never opens a connection and never decides what a comm
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import textwrap
@@ -17,6 +18,9 @@ from typing import NoReturn
 
 from shared.errors import ConfigError, EnrolmentError, FieldfareError, LinkError, RemoteProtocolError
 from shared.version import VERSION
+
+_DURATION = re.compile(r"([0-9]{1,9})([smhd]?)")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 class Exit(IntEnum):
@@ -179,6 +183,15 @@ def show(value: Mapping[str, object], as_json: bool) -> None:
 def printable(text: str) -> str:
     """What may be shown on a terminal: some of it comes from peers, and must not move the cursor."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def duration(text: str) -> int:
+    """An option's time in seconds, at most a year."""
+    found = _DURATION.fullmatch(text)
+    seconds = int(found[1]) * _UNITS[found[2]] if found else 0
+    if not 0 < seconds <= 365 * 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90s, 30m, 2h or 1d, at most 365d")
+    return seconds
 
 
 def moment(seconds: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edge_agent import libraries
 from shared import cli
 from shared.cli import Exit, Failure, Parser, show
 
@@ -429,7 +430,7 @@ def _parser() -> Parser:
     )
     one.add_argument(
         "--index",
-        default="https://download.pytorch.org/whl/cpu",
+        default=libraries.INDEX,
         metavar="URL",
         help="where to find the CPU build of PyTorch (default: %(default)s)",
     )

@@ -20,12 +20,10 @@ from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
 
-from edge_agent.libraries import WANTED
+from edge_agent.libraries import INDEX, WANTED
 from shared import lock
 from shared.errors import FieldfareError
 
-INDEX = "https://download.pytorch.org/whl/cpu"
-"""PyTorch's own index of builds without CUDA."""
 ROOM = 1_200_000_000
 """Bytes that must be free: 0.8 GB of files, and 0.2 GB of wheels while they are unpacked."""
 MACHINES = ("x86_64", "aarch64")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 WANTED = ("numpy", "safetensors", "torch", "zstandard")
 """What the trainer imports; pyproject.toml's extra `train`."""
+INDEX = "https://download.pytorch.org/whl/cpu"
+"""PyTorch's own index of builds without CUDA."""
 
 _MISSING = re.compile(rf"ModuleNotFoundError: No module named '(?:{'|'.join(WANTED)})'")
 

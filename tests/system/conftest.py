@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent import install
-from edge_agent.libraries import WANTED
+from edge_agent.libraries import INDEX, WANTED
 from shared import lock
 from tests.system import machine
 from tests.system.machine import Machine, Wire
@@ -57,7 +57,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(lock.subset((ROOT / "requirements/lock.txt").read_text(), WANTED))
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
-    torch = ["--extra-index-url", install.INDEX, f"torch=={install.torch_version()}"]
+    torch = ["--extra-index-url", INDEX, f"torch=={install.torch_version()}"]
     for what in (["-r", str(requirements)], torch):
         try:
             ran = subprocess.run([*pip, *what], capture_output=True, text=True, timeout=300, check=False)

@@ -88,6 +88,11 @@ def test_nothing_is_delegated(tmp_path: Path) -> None:
     """Started by hand, in a session, without a unit of its own, or without a hierarchy: hands off."""
     tree = Tree(tmp_path)
     assert tree.open({}) is None
+    for group in (tree.sys / "fs/cgroup/user.slice/session-1.scope", tree.sys / "x.service"):
+        (group / "trainer").mkdir(parents=True)  # which could be used
+        for name in ("cgroup.procs", "agent/cgroup.procs", "cgroup.subtree_control", *(f"trainer/{n}" for n in FILES)):
+            (group / name).parent.mkdir(exist_ok=True)
+            (group / name).write_text("")
     for line in ("0::/user.slice/session-1.scope", "0::/", "0::/../../x.service", "1:cpu:/x.service", ""):
         (tree.proc / "self/cgroup").write_text(line + "\n")
         assert tree.open() is None

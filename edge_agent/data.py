@@ -102,10 +102,14 @@ def inputs(path: Path, kind: str, contract: DataContract) -> list[Array]:
     """
     try:
         if kind == "npz":
-            return list(_npz(path, contract.inputs, BYTES_MAX))
-        return list(_csv(path, contract.inputs, math.prod(contract.target.shape)))
+            arrays = _npz(path, contract.inputs, BYTES_MAX)
+        else:
+            arrays = _csv(path, contract.inputs, math.prod(contract.target.shape))
     except OSError as error:
         raise _bad(path, error.strerror or "cannot be read") from None
+    if not len(arrays[0]):
+        raise _bad(path, "holds no example")
+    return list(arrays)
 
 
 # -- .npz --------------------------------------------------------------------------------------------------------
@@ -252,7 +256,7 @@ def _broken(tensor: TensorContract, values: Array) -> tuple[int, str] | None:
 
 
 def _first(bad: npt.NDArray[np.bool_], what: str) -> tuple[int, str] | None:
-    rows = bad.reshape(len(bad), -1).any(axis=1)
+    rows = bad.any(axis=tuple(range(1, bad.ndim)))
     return (int(rows.argmax()), what) if rows.any() else None
 
 

@@ -244,6 +244,15 @@ def test_no_source(tmp_path: Path, kind: str) -> None:
     assert f"no .{kind} file" in refused(msgspec.convert({"kind": kind, "path": str(tmp_path)}, Source))
 
 
+@pytest.mark.parametrize("kind", ["npz", "csv"])
+def test_no_example_at_all(tmp_path: Path, kind: str) -> None:
+    """A file with nothing but its form is too few examples, and nothing to predict from."""
+    source = npz(tmp_path / "a.npz", **arrays(0)) if kind == "npz" else csv(tmp_path / "a.csv")
+    assert refused(source).endswith("0 examples, the task asks for 1")
+    with pytest.raises(TrainingError, match="holds no example"):
+        data.inputs(Path(source.path), kind, CONTRACT)
+
+
 def test_fewest_examples(tmp_path: Path) -> None:
     """Fewer examples than the contract asks for are refused with both numbers."""
     contract = msgspec.structs.replace(CONTRACT, min_examples=6)

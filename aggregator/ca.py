@@ -208,7 +208,7 @@ def add_device(
     record = directory / "devices" / f"{name}.crt"
     issued = record.read_bytes() if record.exists() else None
     if issued is not None and not again:
-        raise ConfigError(str(record), "", f"{name} has a certificate already; choose another name or issue it again")
+        raise ConfigError(str(record), "", f"{name} has a certificate already; take another name, or --again")
 
     archive = out.name.endswith((".tar.gz", ".tgz"))
     try:
@@ -311,6 +311,8 @@ def render_broker(
 
 def open_authority(directory: Path, passphrase: bytes | None) -> Authority:
     """The CA of a fleet's folder, ready to issue; raises ConfigError."""
+    if not (directory / "ca").is_dir():
+        raise ConfigError(str(directory), "", "is no folder of a fleet with its CA; name it with --fleet")
     return load_authority(directory / "ca" / "ca.crt", directory / "ca" / "ca.key", passphrase)
 
 
@@ -454,8 +456,10 @@ def _check(directory: Path, fleet: Fleet, passphrase: bytes | None, days: Days) 
     where = "fleet"
     if not is_name(fleet.name):
         raise _bad_name(where, fleet.name)
-    if not fleet.hosts or not all(_HOST.fullmatch(host) for host in fleet.hosts):
+    if not fleet.hosts:
         raise ConfigError(where, "host", "needs at least one name or address of the broker, as devices reach it")
+    if wrong := [host for host in fleet.hosts if not _HOST.fullmatch(host)]:
+        raise ConfigError(where, "host", f"{wrong[0]!r:.100} is no name or address of a host")
     if not 1 <= fleet.port <= 65_535:
         raise ConfigError(where, "port", "must be from 1 to 65535")
     if min(days.ca, days.root, days.publisher, days.service) < 1:

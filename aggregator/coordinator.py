@@ -1170,7 +1170,7 @@ class Coordinator:
         if verb in ("stop", "rollback") and not self.ready:
             return "waits for the broker, which may hold a newer release of it: try again once it is connected"
         if verb == "pause" and task.phase in ("finished", "needs_manifest"):
-            return "is finished: there is no round to pause before"
+            return "is finished: there is nothing to pause"
         if verb == "pause" and task.state == "stopped":
             return "is stopped; `aggregator task resume` starts it again"
         if verb == "resume" and task.last_round >= task.manifest.plan.rounds:

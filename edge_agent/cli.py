@@ -45,7 +45,10 @@ def _status(options: argparse.Namespace) -> int:
 def _why(options: argparse.Namespace) -> int:
     from edge_agent import words
 
-    return _tell(_ask(options, "why", task=options.task), words.why, options.json)
+    answer = _ask(options, "why", task=options.task)
+    code = _tell(answer, words.why, options.json)
+    named = answer.get("tasks", {}).get(options.task, {}).get("reasons", [])
+    return Exit.REFUSED if any(each["name"] == "unknown" for each in named) else code
 
 
 def _tell(answer: dict[str, Any], said: Callable[[dict[str, Any]], list[str]], as_json: bool) -> int:

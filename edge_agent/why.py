@@ -136,7 +136,8 @@ def _of_task(part: Participation, task: Task, away: bool, coming: bool, now: Ins
     if hold is None and task.start_at > now.mono:
         left = task.start_at - now.mono
         if task.failures:
-            text = f"training failed {task.failures} times in a row, and is tried again in {left:.0f} s"
+            often = "" if task.failures == 1 else f" {task.failures} times in a row"
+            text = f"training failed{often}, and is tried again in {left:.0f} s"
             advice = "the log's training.failed says what went wrong, edge-agent doctor looks for it"
             found.append(_reason("retry", text, advice, left))
         else:

@@ -64,6 +64,8 @@ class Token:
     def parse(cls, text: str) -> Self:
         """The token that `text` is; ValueError says what is wrong with it and never repeats it."""
         found = _TOKEN.fullmatch(text.strip())
+        if found is None and text.strip().startswith("ff1."):
+            raise ValueError("is not a join token: it was cut off or changed on the way")
         if found is None:
             raise ValueError("is not a join token: `aggregator token create` prints one, which begins with ff1.")
         token = cls(found["id"], _unpadded(found["secret"]), _unpadded(found["pin"]))

@@ -50,8 +50,8 @@ def test_rsyslog_reads_the_fields(machines: Callable[..., Machine], tmp_path: Pa
     machine = machines("rsyslog")
     machine.write("/etc/rsyslog.d/30-fieldfare.conf", recipe())
     page = (ROOT / "docs/howto/logs.md").read_text()
-    (commands,) = re.findall(r"```sh\n(sed -i .*?)```", page, re.DOTALL)
-    machine.shell(commands)
+    (commands,) = re.findall(r"```sh\n(sudo sed -i .*?)```", page, re.DOTALL)
+    machine.shell(commands.replace("sudo ", ""))  # its only user is root
     sent = recorded(
         tmp_path,
         (Event.TRAINING_FINISHED, {"task": "digits", "round": 7, "seconds": 1.5}),

@@ -2,6 +2,7 @@
 
 import base64
 from datetime import datetime
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -182,3 +183,9 @@ def test_only_the_pinned_ca_is_believed() -> None:
         with pytest.raises(EnrolmentError) as caught:
             enrolment.pinned_ca(sent, pinned)
         assert caught.value.reason is Refused.WRONG_PIN
+
+
+def test_every_refusal_has_its_advice() -> None:
+    """docs/howto/enrol.md says what to do about each word that a registrar may answer."""
+    page = (Path(__file__).parents[2] / "docs/howto/enrol.md").read_text()
+    assert [each.value for each in Refused if f"`{each.value}`" not in page] == []

@@ -18,7 +18,8 @@ class _Later(ModuleType):
     """Imports the module of its name when it is first asked for something."""
 
     def __getattr__(self, attribute: str) -> object:
-        sys.modules.pop(self.__name__, None)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), attribute)
 
 

@@ -231,6 +231,29 @@ def test_a_budget_that_is_spent(field: Field, monkeypatch: pytest.MonkeyPatch) -
     assert not [line for line in field.daemon.read()[start:] if line["event"] == "training.started"]
 
 
+def test_windows_of_the_calendar(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that ends while it trains costs no step: the job is left with a checkpoint, and the next goes on."""
+    time.sleep(max(0.0, 25 - time.time() % 60))  # so that the end is near
+    if time.time() % 60 > 45:
+        time.sleep(85 - time.time() % 60)
+    minute = int(time.time() // 60) * 60
+    windows = [
+        "-".join(time.strftime("%H:%M", time.gmtime(minute + edge)) for edge in edges)
+        for edges in ((0, 60), (120, 600))
+    ]
+    again(field, monkeypatch, POLICY__TIMEZONE="UTC", POLICY__WINDOWS=json.dumps(windows))
+    start = len(field.daemon.lines)
+    begin(field, ENDLESS)
+    left = field.daemon.wait("training.left", start, task="t")
+    assert left["checkpoint"] is True
+    assert minute + 60 <= time.time() < minute + 75
+    assert constraint(field, "calendar")["verdict"] == "unmet"
+    time.sleep(max(0.0, minute + 115 - time.time()))
+    assert not [line for line in field.daemon.read()[start:] if line.get("again")]
+    field.daemon.wait("training.started", start, task="t", again=True)
+    assert time.time() >= minute + 120
+
+
 def test_the_trainer_takes_what_nobody_else_wants(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
     """As configured: the idle class by default, or niceness alone, and so much memory."""
     trainer, _ = begin(field, ENDLESS)

@@ -34,6 +34,17 @@ print(asyncio.run(five()), urllib.request.Request("http://localhost/").host)
     assert "function run" in (said := ran(script)) and said.endswith("5 localhost\n")
 
 
+def test_a_library_that_wants_them_after_all() -> None:
+    """The calendar's scheduler imports names out of asyncio, which asks for more than one thing of it."""
+    script = """
+from apscheduler.schedulers.background import BackgroundScheduler
+from urllib.request import Request, urlopen
+import asyncio.subprocess, structlog.stdlib
+print(asyncio.subprocess.PIPE, structlog.stdlib.asyncio.run is asyncio.run)
+"""
+    assert ran(script) == "-1 True\n"
+
+
 def test_what_is_imported_already_stays() -> None:
     """A program that uses asyncio itself keeps the module that it has."""
     script = (

@@ -43,7 +43,7 @@ MEANING: Mapping[Exit, str] = {
     Exit.REFUSED: "refused: a record does not verify, or the other side said no",
     Exit.TIMED_OUT: "done on this side, or may still be done, but nobody answered in time",
     Exit.UNREACHABLE: "the broker or the daemon cannot be reached",
-    Exit.CONFIG: "a configuration or task file is wrong; the line names file, key and remedy",
+    Exit.CONFIG: "a configuration or task file is wrong, or the fleet's folder; the line names file, key and remedy",
     Exit.INTERRUPTED: "interrupted from the keyboard",
 }
 

@@ -231,6 +231,7 @@ def test_a_budget_that_is_spent(field: Field, monkeypatch: pytest.MonkeyPatch) -
     assert not [line for line in field.daemon.read()[start:] if line["event"] == "training.started"]
 
 
+@pytest.mark.timeout(240)  # it waits for the turns of two minutes
 def test_windows_of_the_calendar(field: Field, monkeypatch: pytest.MonkeyPatch) -> None:
     """A window that ends while it trains costs no step: the job is left with a checkpoint, and the next goes on."""
     time.sleep(max(0.0, 25 - time.time() % 60))  # so that the end is near
@@ -244,6 +245,7 @@ def test_windows_of_the_calendar(field: Field, monkeypatch: pytest.MonkeyPatch) 
     again(field, monkeypatch, POLICY__TIMEZONE="UTC", POLICY__WINDOWS=json.dumps(windows))
     start = len(field.daemon.lines)
     begin(field, ENDLESS)
+    time.sleep(max(0.0, minute + 55 - time.time()))
     left = field.daemon.wait("training.left", start, task="t")
     assert left["checkpoint"] is True
     assert minute + 60 <= time.time() < minute + 75

@@ -757,8 +757,15 @@ def _read(file: Path, root: "Root | None", now: float | None = None) -> "Descrip
         return release.read(release.open_file(file), root, now)
     except RemoteProtocolError as error:
         if error.reason in (Reason.NOT_MSGPACK, Reason.WRONG_TYPE, Reason.EMPTY):
-            raise Failure(Exit.REFUSED, f"{file}: is no release file ({error})") from None
-        raise Failure(Exit.REFUSED, f"{file}: {error}") from None
+            advice = "name one that `aggregator release build` wrote"
+            raise Failure(Exit.REFUSED, f"{file}: is no release file ({error}); {advice}") from None
+        changed = "; it was changed or damaged after it was signed: take it anew, or build it again"
+        advice = {
+            Reason.UNKNOWN_KEY: "; it is of another fleet than --fleet names, or its publisher is not in that root",
+            Reason.WRONG_DIGEST: changed,
+            Reason.BAD_SIGNATURE: changed,
+        }.get(error.reason, "")
+        raise Failure(Exit.REFUSED, f"{file}: {error}{advice}") from None
 
 
 def _operator(options: argparse.Namespace) -> "tuple[LinkSettings, str]":

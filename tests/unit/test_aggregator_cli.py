@@ -278,7 +278,8 @@ def test_show_checks_signatures(
     spoilt.write_bytes(data)
     capsys.readouterr()
     assert cli.main(["release", "show", str(spoilt), *fleet]) == 3
-    assert capsys.readouterr().err.startswith(f"aggregator: {spoilt}: wrong_digest")
+    said = capsys.readouterr().err
+    assert said.startswith(f"aggregator: {spoilt}: wrong_digest") and "build it again" in said
     assert cli.main(["release", "show", str(tmp_path / "none"), *fleet]) == 1
 
 
@@ -289,14 +290,16 @@ def test_nothing_that_devices_refuse_is_published(
     assert cli.main(["fleet", "init", str(tmp_path / "other"), "--host", "localhost", "--no-passphrase"]) == 0
     publish = ["release", "publish", str(site / "digits.msgpack"), "--port", "1", "--host", "127.0.0.1"]
     assert cli.main([*publish, "--fleet", str(tmp_path / "other")]) == 3
-    assert "unknown_key" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "unknown_key" in said and "another fleet than --fleet names" in said
 
 
 def test_what_is_no_release_file(fleet: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A text file is told apart from a release that was tampered with."""
     (tmp_path / "notes.txt").write_text("to do\n")
     assert cli.main(["release", "show", str(tmp_path / "notes.txt"), *fleet]) == 3
-    assert "is no release file" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is no release file" in said and "`aggregator release build`" in said
 
 
 def test_what_cannot_be_a_task(fleet: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
